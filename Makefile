@@ -1,0 +1,70 @@
+# `make help` lists the targets. Each makes the environment that it needs.
+
+PYTHON ?= python3
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+PIP_INSTALL := bin/python -m pip install -qq
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo check format test test-core test-lowest clean
+
+help:  ## this list
+	@awk -F':.*## *' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: .venv/installed  ## the environment for development, in .venv
+
+demo: venv  ## the quickstart, twice on one new database: the second run finds the first one's session
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	export DATABASE_URL="sqlite:///$$folder/quickstart.db" && \
+	.venv/bin/python samples/quickstart/main.py && \
+	.venv/bin/python samples/quickstart/main.py
+
+check: venv  ## lint, format and types: what CI runs
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy --strict
+
+format: venv  ## mend what `check` can mend
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+test: venv  ## all tests; ARGS="-k name" chooses
+	.venv/bin/python -m pytest $(ARGS)
+
+test-core: .venv-core/installed  ## the tests without google-adk
+	.venv-core/bin/python -m pytest $(ARGS)
+
+test-lowest: .venv-lowest/installed  ## the same with the lowest versions that pyproject.toml allows
+	.venv-lowest/bin/python -m pytest $(ARGS)
+
+clean:  ## remove the environments, the caches and what was built
+	rm -rf .venv .venv-core .venv-lowest build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an installation that was broken off is made again.
+.venv/installed: pyproject.toml
+	@$(call new-venv,.venv)
+	.venv/$(PIP_INSTALL) -e '.[adk,mysql,test]'
+	@touch $@
+
+.venv-core/installed: pyproject.toml
+	@$(call new-venv,.venv-core)
+	.venv-core/$(PIP_INSTALL) -e '.[mysql,test]'
+	@touch $@
+
+# The tools that run the tests stay current: only what users install is old.
+.venv-lowest/installed: pyproject.toml .ci/lowest.py
+	@$(call new-venv,.venv-lowest)
+	.venv-lowest/$(PIP_INSTALL) packaging
+	.venv-lowest/bin/python .ci/lowest.py > .venv-lowest/lowest.txt
+	.venv-lowest/$(PIP_INSTALL) -r .venv-lowest/lowest.txt -e '.[mysql,test]'
+	@touch $@
+
+define new-venv
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ echo 'Python 3.11 or newer is needed: make PYTHON=python3.11 ...' >&2; exit 1; }; \
+echo '$(PYTHON) -m venv $(1)'; $(PYTHON) -m venv $(1)
+endef

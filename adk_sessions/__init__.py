@@ -1,0 +1,38 @@
+"""Sessions, events and state of conversational agents in any SQL database."""
+
+from .errors import (
+    AlreadyExistsError,
+    ConfigurationError,
+    DatabaseError,
+    EventConflictError,
+    InvalidInputError,
+    MigrationLockError,
+    OutcomeUnknownError,
+    SchemaError,
+    SessionNotFoundError,
+    SessionStoreError,
+    StaleSessionError,
+)
+from .service import SessionService, Store
+from .session import Event, EventActions, GetSessionConfig, ListSessionsResponse, Session
+
+__all__ = [
+    "AlreadyExistsError",
+    "ConfigurationError",
+    "DatabaseError",
+    "Event",
+    "EventActions",
+    "EventConflictError",
+    "GetSessionConfig",
+    "InvalidInputError",
+    "ListSessionsResponse",
+    "MigrationLockError",
+    "OutcomeUnknownError",
+    "SchemaError",
+    "Session",
+    "SessionNotFoundError",
+    "SessionService",
+    "SessionStoreError",
+    "StaleSessionError",
+    "Store",
+]

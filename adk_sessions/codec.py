@@ -1,0 +1,292 @@
+"""The one JSON codec: what a database gives back is the same value and type on every database.
+
+JSON columns differ. PostgreSQL's JSONB refuses NUL and lone surrogates, turns 1e16 into an integer
+and -0.0 into 0.0; no JSON type holds NaN or infinity. So a value that one of them cannot hold is
+written as a string that begins with `MARK`, on all of them alike, and becomes itself again on
+reading:
+
+    adk_sessions:float:nan      adk_sessions:int:0x1f…      adk_sessions:text:a%00b
+
+A string that happens to begin with the mark is escaped likewise, so nothing is ever mistaken. In a
+state this is done in place. An event stays readable for google-adk, whose fields are typed: its
+``event_data`` has the offending character or number replaced, and the escaped form goes to a column
+beside it, which is null for almost every event.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote, unquote
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+from .errors import DatabaseError, InvalidInputError
+
+logger = logging.getLogger(__name__)
+
+MARK = "adk_sessions:"
+
+M = TypeVar("M", bound=BaseModel)
+
+# What makes a second look necessary, searched in compact JSON text: anything that may have been
+# lost (null where a NaN was) or that a JSONB would change. False alarms cost time, not truth.
+_SUSPECT = re.compile(
+    r"null|NaN|Infinity|\\u0000|adk_sessions:|-0\.0[,}\]]|[:,\[]-?\d+(?:\.\d+)?[eE]\+?\d|\d{4300}"
+)
+_NOT_STORABLE = re.compile("[\0\ud800-\udfff]")
+# Python converts no longer decimal than this by default; hexadecimal has no limit.
+_LONG_INT_BITS = 14_000
+_TOO_DEEP = "is nested too deeply, or contains itself"
+
+
+class EventText(NamedTuple):
+    """A stored event: ``data`` for every reader, ``exact`` where ``data`` had to differ."""
+
+    data: str
+    exact: str | None
+
+
+def dumps(value: Any) -> str:
+    """Compact JSON text; characters stay themselves."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def loads(text: str) -> Any:
+    """The plain JSON value of a text, nothing unescaped."""
+    return json.loads(text)
+
+
+# --- states -------------------------------------------------------------------------------------
+
+
+def dump_state(state: dict[str, Any], *, field: str = "state") -> str:
+    """The JSON text of one scope's state or delta.
+
+    Rich values take their JSON form (datetime as ISO text, sets and tuples as lists, bytes as
+    text). A value with no JSON form becomes a string, with a warning that names its key.
+
+    Args:
+        state: keys without scope prefix.
+        field: what to call the argument in an error.
+
+    Raises:
+        InvalidInputError: it is nested deeper than 255 levels, or contains itself.
+    """
+    try:
+        try:
+            plain = _jsonable(state)
+        except (PydanticSerializationError, UnicodeDecodeError):
+            plain = {key: _coerce(key, value) for key, value in state.items()}
+        try:
+            text = dumps(plain)
+        except ValueError:  # an integer too long to be written in decimal
+            text = dumps(_escape(plain))
+    except (ValueError, RecursionError):
+        raise InvalidInputError(f"{field} {_TOO_DEEP}", field=field) from None
+    if _SUSPECT.search(text) or not _is_unicode(text):
+        text = dumps(_escape(plain))
+    return text
+
+
+def load_state(text: str | None) -> dict[str, Any]:
+    """The state that `dump_state` or google-adk wrote; a missing one is empty."""
+    state = json.loads(text) if text else None
+    if state is None:
+        return {}
+    if not isinstance(state, dict):
+        raise DatabaseError("A stored state is not a JSON object.")
+    return _unescape(state) if text and MARK in text else state
+
+
+def merge_state(text: str | None, delta: str) -> str:
+    """Stored state text with a delta's top-level keys set, both escaped as they are."""
+    state = (json.loads(text) if text else None) or {}
+    return dumps({**state, **json.loads(delta)})
+
+
+def _coerce(key: str, value: Any) -> Any:
+    try:
+        return _jsonable(value)
+    except (PydanticSerializationError, UnicodeDecodeError):
+        logger.warning("state key %r holds a value without a JSON form; a string is stored", key)
+    try:
+        return _jsonable(value, bytes_mode="base64", serialize_unknown=True)
+    except PydanticSerializationError:
+        return repr(value)
+
+
+def _jsonable(value: Any, **options: Any) -> Any:
+    """A value in its JSON form, floats and strings kept even where JSON has no place for them."""
+    try:
+        return to_jsonable_python(value, inf_nan_mode="constants", **options)
+    except UnicodeEncodeError:  # a lone surrogate in a nested key
+        if isinstance(value, dict):
+            return {
+                key if isinstance(key, str) else next(iter(_jsonable({key: None}))): _jsonable(
+                    item, **options
+                )
+                for key, item in value.items()
+            }
+        if isinstance(value, list | tuple | set | frozenset):
+            return [_jsonable(item, **options) for item in value]
+        raise
+
+
+# --- events -------------------------------------------------------------------------------------
+
+
+def dump_event(event: BaseModel) -> EventText:
+    """An event as google-adk would store it, and its exact form where that loses something.
+
+    Raises:
+        InvalidInputError: it is nested deeper than 255 levels, or contains itself.
+    """
+    try:
+        text = event.model_dump_json(exclude_none=True)
+    except (PydanticSerializationError, ValueError):
+        pass  # a lone surrogate, or a value without a JSON form
+    else:
+        if not _SUSPECT.search(text):
+            return EventText(text, None)
+    try:
+        plain = event.model_dump(exclude_none=True, fallback=_as_string)
+        try:
+            tree = event.model_dump(mode="json", exclude_none=True, fallback=_as_string)
+        except UnicodeEncodeError:
+            tree = _jsonable(plain, bytes_mode="base64", serialize_unknown=True)
+        true = _restore(tree, plain)
+        data, exact = dumps(_clean(true)), dumps(_escape(true))
+    except (PydanticSerializationError, ValueError, RecursionError):
+        raise InvalidInputError(f"event {_TOO_DEEP}", field="event") from None
+    return EventText(data, None if data == exact else exact)
+
+
+def load_event(event_type: type[M], data: str | None, exact: str | None) -> M:
+    """The event of a stored row.
+
+    Raises:
+        pydantic.ValidationError, ValueError: the text is not such an event.
+    """
+    if exact is None:
+        try:
+            return event_type.model_validate_json(data or "{}")
+        except ValidationError:
+            # google-adk on SQLite writes what strict JSON forbids, such as lone surrogates
+            return event_type.model_validate(json.loads(data or "{}"))
+    return event_type.model_validate(_unescape(json.loads(exact)))
+
+
+def same_event(one: EventText, other: EventText) -> bool:
+    """Whether two stored forms are the same event; key order and JSONB's spelling do not matter."""
+    return _same(json.loads(one.exact or one.data), json.loads(other.exact or other.data))
+
+
+def _as_string(value: Any) -> str:
+    logger.warning("an event holds a %s, which has no JSON form", type(value).__name__)
+    return repr(value)
+
+
+def _restore(tree: Any, plain: Any) -> Any:
+    """JSON mode turns NaN and infinity into null: puts back what the Python dump still has."""
+    if tree is None and isinstance(plain, float):
+        return plain
+    if isinstance(tree, dict) and isinstance(plain, dict) and len(tree) == len(plain):
+        return {
+            key: _restore(value, was)
+            for (key, value), was in zip(tree.items(), plain.values(), strict=True)
+        }
+    if isinstance(tree, list) and isinstance(plain, list | tuple) and len(tree) == len(plain):
+        return [_restore(value, was) for value, was in zip(tree, plain, strict=True)]
+    return tree
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return (
+            isinstance(other, dict)
+            and one.keys() == other.keys()
+            and all(_same(value, other[key]) for key, value in one.items())
+        )
+    if isinstance(one, list):
+        return isinstance(other, list) and len(one) == len(other) and all(map(_same, one, other))
+    return isinstance(one, bool) is isinstance(other, bool) and bool(one == other)
+
+
+# --- escaping -----------------------------------------------------------------------------------
+
+
+def _walk(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    if isinstance(value, dict):
+        return {leaf(key): _walk(item, leaf) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_walk(item, leaf) for item in value]
+    return leaf(value)
+
+
+def _escape(value: Any) -> Any:
+    return _walk(value, _escape_leaf)
+
+
+def _unescape(value: Any) -> Any:
+    return _walk(value, _unescape_leaf)
+
+
+def _clean(value: Any) -> Any:
+    return _walk(value, _clean_leaf)
+
+
+def _escape_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, str):
+        if leaf.startswith(MARK) or "\0" in leaf or not _is_unicode(leaf):
+            return f"{MARK}text:{quote(leaf, safe=' ', errors='surrogatepass')}"
+    elif isinstance(leaf, float):
+        if (
+            not math.isfinite(leaf)
+            or abs(leaf) >= 1e16
+            or (not leaf and math.copysign(1, leaf) < 0)
+        ):
+            return f"{MARK}float:{leaf!r}"
+    elif isinstance(leaf, int) and leaf.bit_length() > _LONG_INT_BITS:
+        return f"{MARK}int:{leaf:#x}"
+    return leaf
+
+
+def _unescape_leaf(leaf: Any) -> Any:
+    if not isinstance(leaf, str) or not leaf.startswith(MARK):
+        return leaf
+    kind, _, rest = leaf.removeprefix(MARK).partition(":")
+    try:
+        match kind:
+            case "text":
+                return unquote(rest, errors="surrogatepass")
+            case "float":
+                return float(rest)
+            case "int":
+                return int(rest, 16)
+    except ValueError:
+        pass
+    return leaf  # written by somebody else
+
+
+def _clean_leaf(leaf: Any) -> Any:
+    if isinstance(leaf, str) and ("\0" in leaf or not _is_unicode(leaf)):
+        return _NOT_STORABLE.sub("\ufffd", leaf)
+    if isinstance(leaf, float) and not math.isfinite(leaf):
+        return None
+    if isinstance(leaf, int) and leaf.bit_length() > _LONG_INT_BITS:
+        return hex(leaf)
+    return leaf
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

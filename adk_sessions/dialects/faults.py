@@ -1,0 +1,156 @@
+"""One classification of what drivers raise: by SQLSTATE or error number, never by message text.
+
+asyncpg's connection errors and time-outs are no SQLAlchemy errors, and most of its others are plain
+DBAPIErrors, so class names of SQLAlchemy say little; the code says it all.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from enum import Enum
+
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from ..errors import ConfigurationError, DatabaseError, OutcomeUnknownError
+
+
+class Fault(Enum):
+    """What an error says about the call that met it."""
+
+    TAKEN = "a unique key is taken"
+    CONFLICT = "another transaction was in the way: nothing happened, and again may work"
+    UNAVAILABLE = "the server is not ready: nothing happened, and later may work"
+    LOST = "the connection broke: it may or may not have happened"
+    FATAL = "nothing happened, and the same again will fail"
+
+
+_CONFLICT: set[str | int] = {
+    # PostgreSQL: serialization failure, deadlock, plan of a table that was altered meanwhile
+    *("40001", "40P01", "0A000"),
+    # MySQL and MariaDB: deadlock (Galera: at COMMIT), lock wait time-out, row changed since the
+    # snapshot
+    *(1213, 1205, 1020),
+}
+_UNAVAILABLE: set[str | int] = {
+    # PostgreSQL: starting up, too many connections, a standby (a pooled connection to what was
+    # the primary)
+    *("57P03", "53300", "25006"),
+    # MySQL and MariaDB: node not ready, too many connections, cannot connect
+    *(1047, 1040, 2002, 2003),
+}
+_LOST: set[str | int] = {
+    # PostgreSQL: shut down or terminated by an administrator, crashed, idle time-outs
+    *("57P01", "57P02", "57P05", "25P03"),
+    # MySQL and MariaDB: server gone, lost in the middle of a query, killed, shutting down,
+    # Galera's replication stalled
+    *(2006, 2013, 2055, 1927, 1053, 1180),
+}
+_SQLITE_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+
+_HINTS: dict[str | int, str] = {
+    "28P01": "the password is wrong",
+    "28000": "this role may not connect",
+    "3D000": "the database does not exist: create it first",
+    "42P01": "a table is missing: migrate the database",
+    "42501": "this role lacks a privilege on a table",
+    1044: "this user may not use the database",
+    1045: "the user or the password is wrong",
+    1049: "the database does not exist: create it first",
+    1146: "a table is missing: migrate the database",
+    sqlite3.SQLITE_BUSY: "another process held the file locked for too long",
+    sqlite3.SQLITE_FULL: "the disk is full",
+    sqlite3.SQLITE_READONLY: "the file cannot be written",
+    sqlite3.SQLITE_CANTOPEN: "the file cannot be opened",
+    sqlite3.SQLITE_NOTADB: "the file is not an SQLite database",
+}
+
+
+def classify(error: BaseException) -> Fault:
+    """What an error of a driver or of SQLAlchemy means for the call that met it."""
+    if isinstance(error, IntegrityError):
+        return Fault.TAKEN
+    if isinstance(error, PoolTimeoutError):
+        return Fault.FATAL  # has waited for pool_timeout already
+    if not isinstance(error, DBAPIError):
+        return Fault.LOST if isinstance(error, OSError | TimeoutError) else Fault.FATAL
+    code = code_of(error)
+    if _is_sqlite(error):
+        return Fault.CONFLICT if code in _SQLITE_BUSY else Fault.FATAL
+    if code in _CONFLICT:
+        return Fault.CONFLICT
+    if code in _UNAVAILABLE:
+        return Fault.UNAVAILABLE
+    if (
+        error.connection_invalidated
+        or code in _LOST
+        or (isinstance(code, str) and code.startswith("08"))
+        or isinstance(_driver_error(error), OSError | TimeoutError)
+    ):
+        return Fault.LOST
+    return Fault.FATAL
+
+
+def must_invalidate(error: BaseException) -> bool:
+    """Whether the connection is of no further use though the driver thinks it is."""
+    return isinstance(error, DBAPIError) and code_of(error) == "25006"
+
+
+def translate(error: Exception, *, unknown: bool) -> DatabaseError | ConfigurationError:
+    """The store's own error for one of a driver or of SQLAlchemy, with nothing of its text.
+
+    Args:
+        error: what was raised.
+        unknown: whether a lost connection leaves it open if something was written.
+    """
+    fault = classify(error)
+    code = code_of(error)
+    name = type(_driver_error(error)).__name__
+    if isinstance(error, PoolTimeoutError):
+        return DatabaseError(
+            "No connection of the pool became free in time. Raise pool_size, max_overflow or"
+            " pool_timeout.",
+            retryable=True,
+            driver_error=name,
+        )
+    if isinstance(error, ImportError):
+        return ConfigurationError(f"A package of the database driver is missing: {error.name}.")
+    what = name if code is None else f"{name}, {code}"
+    hint = _HINTS.get(code) if code is not None else None
+    kind = DatabaseError
+    message = f"The database refused the call ({what})"
+    if fault is Fault.LOST:
+        message = f"The connection to the database failed ({what})"
+        if unknown:
+            kind = OutcomeUnknownError
+            hint = "the call may or may not be stored; repeat it with the same id"
+    message += f": {hint}." if hint else "."
+    return kind(message, retryable=fault is not Fault.FATAL, code=code, driver_error=name)
+
+
+def is_database_error(error: BaseException) -> bool:
+    """Whether `translate` is meant for this error; others are bugs and go through."""
+    return isinstance(error, SQLAlchemyError | OSError | TimeoutError | ImportError)
+
+
+def code_of(error: BaseException) -> str | int | None:
+    """The SQLSTATE, or the number of the error in MySQL, MariaDB and SQLite."""
+    original = getattr(error, "orig", None) or error
+    if isinstance(original, sqlite3.Error):
+        number = getattr(original, "sqlite_errorcode", None)
+        return None if number is None else number & 0xFF  # without the extended part
+    state = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
+    if isinstance(state, str):
+        return state
+    number = original.args[0] if getattr(original, "args", None) else None
+    return number if isinstance(number, int) and not isinstance(original, OSError) else None
+
+
+def _driver_error(error: BaseException) -> BaseException:
+    original = getattr(error, "orig", None)
+    # asyncpg's own error is behind the one that SQLAlchemy makes of it
+    return getattr(original, "__cause__", None) or original or error
+
+
+def _is_sqlite(error: BaseException) -> bool:
+    return isinstance(getattr(error, "orig", None), sqlite3.Error)

@@ -1,0 +1,251 @@
+"""SQLite: BEGIN IMMEDIATE is the lock, and a file is worked on by threads of its own.
+
+A driver that hops to its thread for each statement spends most of an append hopping. Here a whole
+transaction is one function on one thread: a synchronous engine with one connection. A file has two
+such lanes, so a read never waits while this process waits for another one's write; an in-memory
+database has one, which makes it safe under concurrent tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import StaticPool
+
+from ..errors import ConfigurationError, SchemaError
+from .base import Generic, Key
+
+T = TypeVar("T")
+
+Synchronous = Literal["FULL", "NORMAL"]
+
+# Seconds that a statement waits for another process's lock before it fails as busy.
+BUSY_TIMEOUT = 10.0
+
+
+class SQLite(Generic):
+    """Statements for SQLite. The transaction's BEGIN IMMEDIATE has locked everything already."""
+
+    def lock(self, conn: Connection, table: Any, where: Any, key: Key) -> None:
+        """Nothing to do."""
+
+    @staticmethod
+    def begin(conn: Connection, *, write: bool) -> None:
+        """Starts a transaction on an AUTOCOMMIT connection: a writer's takes the lock now.
+
+        A deferred transaction that reads and then writes fails as busy at once, or with the
+        driver's defaults loses updates.
+        """
+        if _in_transaction(conn):
+            conn.exec_driver_sql("ROLLBACK")  # a hook of the application's own has begun one
+        conn.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    @classmethod
+    def transact(cls, conn: Connection, work: Callable[[Connection], T], *, write: bool) -> T:
+        """Runs ``work`` in one transaction of an AUTOCOMMIT connection."""
+        cls.begin(conn, write=write)
+        try:
+            result = work(conn)
+            conn.exec_driver_sql("COMMIT")
+        except BaseException:
+            # SQLite has rolled back by itself after some errors, a full disk for one
+            if _in_transaction(conn):
+                conn.exec_driver_sql("ROLLBACK")
+            raise
+        return result
+
+    @contextmanager
+    def migrating(self, conn: Connection) -> Iterator[bool]:
+        # with foreign keys on, altering a parent table would delete the rows of its children
+        enforced = conn.exec_driver_sql("PRAGMA foreign_keys").scalar()
+        conn.exec_driver_sql("PRAGMA foreign_keys = OFF")
+        try:
+            self.begin(conn, write=True)
+            try:
+                yield True  # the connection is in a transaction, so alembic leaves it alone
+                if conn.exec_driver_sql("PRAGMA foreign_key_check").first() is not None:
+                    raise SchemaError("The migration would leave events without their session.")
+                conn.exec_driver_sql("COMMIT")
+            except BaseException:
+                if _in_transaction(conn):
+                    conn.exec_driver_sql("ROLLBACK")
+                raise
+        finally:
+            conn.exec_driver_sql(f"PRAGMA foreign_keys = {'ON' if enforced else 'OFF'}")
+
+
+def _in_transaction(conn: Connection) -> bool:
+    return bool(conn.connection.driver_connection.in_transaction)  # type: ignore[union-attr]
+
+
+def _enforce_foreign_keys(connection: Any, _record: Any) -> None:
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+# Connections from before a fork. To close them here could drop locks that the parent relies on.
+_of_the_parent: list[_Lane] = []
+
+
+class _Lane:
+    """One connection and the thread that alone uses it."""
+
+    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+        self._make_engine = make_engine
+        self._connection: Connection | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def submit(self, work: Callable[[Connection], T]) -> asyncio.Future[T]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="adk_sessions-sqlite")
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._work, work)
+
+    def _work(self, work: Callable[[Connection], T]) -> T:
+        if self._connection is None:
+            self._connection = self._make_engine().connect()
+        return work(self._connection)
+
+    async def close(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            await asyncio.get_running_loop().run_in_executor(thread, self._disconnect)
+            thread.shutdown(wait=False)
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+            connection.engine.dispose()
+
+
+class SQLiteDatabase:
+    """An SQLite database that the service opened itself.
+
+    Args:
+        url: file or memory, driver of no importance; a file's folder is made when it is opened.
+        connect_args: for ``sqlite3.connect``; ``timeout`` is the busy timeout in seconds.
+        synchronous: FULL keeps every commit over a power loss, NORMAL over a crash of the process.
+        options: further options of ``create_engine``.
+    """
+
+    def __init__(
+        self,
+        url: URL,
+        connect_args: dict[str, Any],
+        *,
+        synchronous: Synchronous = "FULL",
+        **options: Any,
+    ) -> None:
+        self.url = url
+        self._url = url.set(drivername="sqlite+pysqlite")
+        self._connect_args = {"timeout": BUSY_TIMEOUT, **connect_args, "check_same_thread": False}
+        self._synchronous = synchronous
+        self._options = options
+        self._engine: AsyncEngine | None = None
+        self._open()
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the data is gone when the connection is."""
+        database = self._url.database or ""
+        return (
+            database in ("", ":memory:")
+            or ":memory:" in database
+            or (self._url.query.get("mode") == "memory")
+        )
+
+    @property
+    def engine(self) -> AsyncEngine:
+        """An engine on the same file, made when it is first asked for."""
+        if self.in_memory:
+            raise ConfigurationError(
+                "An in-memory database is behind one connection; it cannot be shared by an engine."
+            )
+        if self._engine is None:
+            self._engine = create_async_engine(
+                self.url.set(drivername="sqlite+aiosqlite"),
+                connect_args={"timeout": self._connect_args["timeout"]},
+            )
+            event.listen(self._engine.sync_engine, "connect", _enforce_foreign_keys)
+        return self._engine
+
+    async def run(self, work: Callable[[Connection], T], *, write: bool) -> T:
+        """One transaction on the thread of its lane."""
+        return await self.submit(lambda conn: SQLite.transact(conn, work, write=write), write=write)
+
+    async def submit(self, work: Callable[[Connection], T], *, write: bool) -> T:
+        """Runs ``work`` on the lane's thread, with no transaction around it."""
+        if self._process != os.getpid():
+            # after a fork: neither the threads nor the connections are ours
+            _of_the_parent.extend((self._writer, self._reader))
+            self._open()
+        lane = self._writer if write else self._reader
+        future = lane.submit(work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            # the thread cannot be stopped: it commits or fails before the caller goes on
+            await asyncio.wait([future])
+            future.exception()  # nobody else will ask for it
+            raise
+
+    async def close(self) -> None:
+        """Closes the connections; a file is opened again when it is next used."""
+        await self._writer.close()
+        if self._reader is not self._writer:
+            await self._reader.close()
+        if self._engine is not None:
+            await self._engine.dispose()
+
+    def _open(self) -> None:
+        self._process = os.getpid()
+        self._writer = _Lane(self._make_engine)
+        self._reader = self._writer if self.in_memory else _Lane(self._make_engine)
+
+    def _make_engine(self) -> Engine:
+        database = self._url.database or ""
+        if not self.in_memory and not database.startswith("file:"):
+            Path(database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(
+            self._url,
+            **{
+                **self._options,
+                "poolclass": StaticPool,
+                "pool_reset_on_return": None,
+                "isolation_level": "AUTOCOMMIT",
+                "connect_args": self._connect_args,
+            },
+        )
+        event.listen(engine, "connect", self._prepare)
+        return engine
+
+    def _prepare(self, connection: Any, _record: Any) -> None:
+        timeout = float(self._connect_args["timeout"])
+        _enforce_foreign_keys(connection, None)
+        connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+        # SQLite does not wait for the lock that the change to WAL needs
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_READONLY:
+                    return  # readable as it is
+                if (
+                    error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY
+                    or time.monotonic() > deadline
+                ):
+                    raise
+            time.sleep(0.02)

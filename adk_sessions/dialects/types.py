@@ -1,0 +1,98 @@
+"""Column types, each in the form that google-adk's own tables have on that database."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import DateTime, Dialect, String, Text
+from sqlalchemy.dialects import mssql, mysql, postgresql
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from .. import codec
+
+MYSQL_FAMILY = ("mysql", "mariadb")
+
+
+class Json(TypeDecorator[Any]):
+    """A JSON document: JSONB on PostgreSQL, LONGTEXT on MySQL and MariaDB, TEXT elsewhere.
+
+    The store's own statements go past this conversion, with the codec's text. It is here for
+    applications that use the models through the ORM: they see what the codec decodes.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name == "postgresql":
+            return dialect.type_descriptor(postgresql.JSONB())
+        if dialect.name in MYSQL_FAMILY:
+            return dialect.type_descriptor(mysql.LONGTEXT())
+        return dialect.type_descriptor(Text())
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        text = codec.dump_state(value)
+        return codec.loads(text) if dialect.name == "postgresql" else text
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        return codec.load_state(codec.dumps(value) if dialect.name == "postgresql" else value)
+
+
+class LongText(TypeDecorator[str]):
+    """Text without a length limit that a conversation could meet."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in MYSQL_FAMILY:
+            return dialect.type_descriptor(mysql.LONGTEXT())
+        return dialect.type_descriptor(Text())
+
+
+class Timestamp(TypeDecorator[datetime]):
+    """A naive UTC time to the microsecond."""
+
+    impl = DateTime
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        if dialect.name in MYSQL_FAMILY:
+            return dialect.type_descriptor(mysql.DATETIME(fsp=6))
+        if dialect.name == "mssql":
+            return dialect.type_descriptor(mssql.DATETIME2(precision=6))  # type: ignore[no-untyped-call]
+        return dialect.type_descriptor(DateTime())
+
+    def result_processor(
+        self, dialect: Dialect, coltype: object
+    ) -> Callable[[Any], datetime | None]:
+        convert = self.load_dialect_impl(dialect).result_processor(dialect, coltype)
+
+        def process(value: Any) -> datetime | None:
+            # SQLite keeps whatever was written: a raw epoch number must not break reading
+            if isinstance(value, int | float):
+                return datetime.fromtimestamp(value, UTC).replace(tzinfo=None)
+            if value is not None and convert is not None:
+                value = convert(value)
+            return value  # type: ignore[no-any-return]
+
+        return process
+
+
+def key_text(length: int) -> String:
+    """A key column; on MySQL and MariaDB compared by bytes, trailing spaces and case included."""
+    return (
+        String(length)
+        .with_variant(
+            mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_0900_bin"), "mysql"
+        )
+        .with_variant(
+            mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_nopad_bin"), "mariadb"
+        )
+    )

@@ -1,0 +1,109 @@
+"""What can go wrong, and what to do about it.
+
+    SessionStoreError
+    ├── ConfigurationError (ValueError)      a URL, an option or a driver package is wrong
+    ├── InvalidInputError (ValueError)       an argument is refused, nothing was written: .field
+    ├── AlreadyExistsError                   a session with this id is there already
+    ├── SessionNotFoundError (ValueError)    append to a session that is not stored
+    ├── StaleSessionError (ValueError)       somebody else appended meanwhile: reload, then repeat
+    ├── EventConflictError                   this event id is stored with other content
+    ├── SchemaError                          the tables are not what this release works with
+    │   └── MigrationLockError               another process held the migration lock for too long
+    └── DatabaseError                        the database or the way to it failed:
+        │                                    .retryable .code .driver_error
+        └── OutcomeUnknownError              the connection broke while a commit was under way
+
+A class's docstring is its default message. No message carries a password, a connection URL's query
+values or anything that a user has stored, and a driver's own error is never chained: its text
+quotes rows.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlreadyExistsError",
+    "ConfigurationError",
+    "DatabaseError",
+    "EventConflictError",
+    "InvalidInputError",
+    "MigrationLockError",
+    "OutcomeUnknownError",
+    "SchemaError",
+    "SessionNotFoundError",
+    "SessionStoreError",
+    "StaleSessionError",
+]
+
+
+class SessionStoreError(Exception):
+    """The session store failed."""
+
+    def __init__(self, message: str | None = None) -> None:
+        super().__init__(message if message is not None else (type(self).__doc__ or "").strip())
+
+
+class ConfigurationError(SessionStoreError, ValueError):
+    """The service cannot be built from these arguments."""
+
+
+class InvalidInputError(SessionStoreError, ValueError):
+    """An argument is not acceptable; nothing was written.
+
+    Attributes:
+        field: name of the argument or field that was refused, for example ``session_id``.
+    """
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class AlreadyExistsError(SessionStoreError):
+    """A session with this id already exists. Choose another id, or get the existing session."""
+
+
+class SessionNotFoundError(SessionStoreError, ValueError):
+    """Session not found. Create it before appending to it."""
+
+
+class StaleSessionError(SessionStoreError, ValueError):
+    """The session has been modified in storage since it was loaded. Reload it with get_session and append again."""  # noqa: E501
+
+
+class EventConflictError(SessionStoreError):
+    """An event with this id is already stored in the session, with other content. Give each event an id of its own."""  # noqa: E501
+
+
+class SchemaError(SessionStoreError):
+    """The tables in this database are not what this release works with."""
+
+
+class MigrationLockError(SchemaError):
+    """Another process has been migrating this database for too long. Look for a migration that hangs, then try again."""  # noqa: E501
+
+
+class DatabaseError(SessionStoreError):
+    """The database refused a statement or could not be reached.
+
+    Attributes:
+        retryable: whether the same call may be repeated as it is and has a chance to succeed.
+        code: the SQLSTATE (five characters) or the server's error number, None if there is none.
+        driver_error: class name of the driver's error, for example ``DeadlockDetectedError``.
+    """
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        retryable: bool = False,
+        code: str | int | None = None,
+        driver_error: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+        self.code = code
+        self.driver_error = driver_error
+
+
+class OutcomeUnknownError(DatabaseError):
+    """The connection broke while the call was being committed: it may or may not be stored. Repeat it with the same id."""  # noqa: E501

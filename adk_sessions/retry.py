@@ -1,0 +1,78 @@
+"""What may be repeated, and how often.
+
+Every operation of the store may be: a read has no effect, an append and a create are told from
+their repetition by their id, a delete twice is a delete. So a call is repeated after a conflict
+with another transaction, and after a lost connection, which is also how a dead pooled connection
+is noticed: there is no ping before use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from .dialects.faults import Fault, classify, is_database_error, translate
+from .errors import SessionStoreError
+
+T = TypeVar("T")
+
+# A pooler refuses logins for 15 seconds after its server came back.
+WINDOW = 30.0
+
+_FIRST_DELAY = 0.02
+_LONGEST_DELAY = 2.0
+
+
+class Retry:
+    """Repeats calls that met a passing fault, with exponential backoff and jitter.
+
+    Until one call has succeeded, only conflicts are repeated: a server that was never reached is
+    more likely misconfigured than restarting.
+
+    Args:
+        window: seconds in which a call may be repeated; 0 never repeats.
+    """
+
+    def __init__(self, window: float = WINDOW) -> None:
+        self.window = window
+        self._reached = False
+
+    async def __call__(self, call: Callable[[], Awaitable[T]], *, write: bool) -> T:
+        """Awaits ``call()`` until it succeeds, fails for good or the window is over.
+
+        Args:
+            call: makes the awaitable, anew for each try.
+            write: whether a lost connection leaves it open if something was written.
+
+        Raises:
+            DatabaseError: of the last try.
+            IntegrityError: a unique key is taken; what that means only the caller knows.
+        """
+        deadline = time.monotonic() + self.window
+        delay = 0.0
+        while True:
+            try:
+                result = await call()
+            except SessionStoreError:
+                raise
+            except Exception as error:
+                fault = classify(error)
+                if fault is Fault.TAKEN or not is_database_error(error):
+                    raise
+                failure = translate(error, unknown=write and self._reached)
+            else:
+                self._reached = True
+                return result
+            # raised here and not where it was caught, so the driver's error is not in its chain
+            pause = delay * random.uniform(0.5, 1.5)
+            if (
+                fault is Fault.FATAL
+                or not (self._reached or fault is Fault.CONFLICT)
+                or time.monotonic() + pause >= deadline
+            ):
+                raise failure
+            await asyncio.sleep(pause)
+            delay = min(max(2 * delay, _FIRST_DELAY), _LONGEST_DELAY)

@@ -1,0 +1,645 @@
+"""The session store: create, get, list, append, delete, state.
+
+`Store` is generic over the types of sessions and events, so that callers keep their own objects:
+an append changes the very session it was given. `SessionService` binds it to the types of this
+package, ``adk_sessions.adk.DatabaseSessionService`` to google-adk's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Callable
+from datetime import datetime
+from types import TracebackType
+from typing import Any, ClassVar, Generic, NoReturn, Protocol, Self, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import URL, Connection
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from . import checks, clock, codec, errors
+from . import state as states
+from .dialects import Backend, open_engine, open_url
+from .dialects.base import Deltas, Key, NewEvent, Snapshot, States, StoredEvent
+from .dialects.faults import Fault, classify, translate
+from .models import models
+from .retry import WINDOW, Retry
+from .session import Event, ListSessionsResponse, Session
+from .turns import Turns
+
+__all__ = ["EventLike", "SessionLike", "SessionService", "Store"]
+
+T = TypeVar("T")
+
+# Tries of an append that is refused though nobody has moved the session: each needs another
+# writer whose transaction was rolled back at the wrong moment.
+_TRIES = 8
+
+
+class EventLike(Protocol):
+    """What the store needs of an event, a pydantic model."""
+
+    id: str
+    invocation_id: str
+    timestamp: float
+
+    @property
+    def partial(self) -> bool | None: ...
+    @property
+    def actions(self) -> Any: ...
+
+
+class SessionLike(Protocol):
+    """What the store needs of a session, a pydantic model."""
+
+    id: str
+    app_name: str
+    user_id: str
+    state: dict[str, Any]
+    last_update_time: float
+    _storage_update_marker: str | None
+
+    @property
+    def events(self) -> list[Any]: ...
+
+
+class ConfigLike(Protocol):
+    """What the store needs of a reader's filter."""
+
+    @property
+    def num_recent_events(self) -> int | None: ...
+    @property
+    def after_timestamp(self) -> float | None: ...
+
+
+S = TypeVar("S", bound=SessionLike)
+E = TypeVar("E", bound=EventLike)
+
+
+class Store(Generic[S, E]):
+    """Sessions, events and state in any SQL database.
+
+    Args:
+        url: a database URL as people paste it: ``sqlite:///chats.db``, ``postgresql://…``,
+            ``mysql://…``; its async driver is found. Exactly one of ``url`` and ``engine``.
+        engine: an engine of the application's. Nothing is attached to it, and `close` leaves it
+            open.
+        backend: ``generic`` takes the path that any SQL database can go (lock the row, merge in
+            Python, write, in one transaction) though the dialect has a shorter one, for databases
+            that only speak another one's dialect.
+        sqlite_synchronous: for an SQLite file given by URL. ``FULL`` keeps every acknowledged
+            append over a power loss, ``NORMAL`` over a crash of the process, and is faster.
+        retry_window: seconds in which a call is repeated after a conflict or a lost connection;
+            0 never repeats.
+        options: of ``sqlalchemy.ext.asyncio.create_async_engine``, such as ``pool_size``,
+            ``max_overflow``, ``pool_timeout``, ``pool_recycle``, ``connect_args``. Those that shape
+            a pool mean nothing to SQLite, where a file has one connection to read and one to write.
+
+    Raises:
+        ConfigurationError: bad URL, missing or synchronous driver, unknown option; a ValueError.
+    """
+
+    session_type: ClassVar[type[Any]]
+    event_type: ClassVar[type[Any]]
+    list_type: ClassVar[type[Any]]
+    already_exists: ClassVar[type[errors.AlreadyExistsError]] = errors.AlreadyExistsError
+    not_found: ClassVar[type[errors.SessionNotFoundError]] = errors.SessionNotFoundError
+    stale: ClassVar[type[errors.StaleSessionError]] = errors.StaleSessionError
+
+    def __init__(
+        self,
+        url: str | URL | None = None,
+        *,
+        engine: AsyncEngine | None = None,
+        backend: Backend = "auto",
+        sqlite_synchronous: Any = "FULL",
+        retry_window: float = WINDOW,
+        **options: Any,
+    ) -> None:
+        tables = models()
+        if engine is None and url is not None:
+            self._database, self._statements = open_url(
+                url, tables, backend=backend, sqlite_synchronous=sqlite_synchronous, **options
+            )
+        elif engine is not None and url is None:
+            if options:
+                raise errors.ConfigurationError(
+                    f"{', '.join(sorted(options))}: options are for an engine made from a URL"
+                )
+            self._database, self._statements = open_engine(engine, tables, backend=backend)
+        else:
+            raise errors.ConfigurationError("Exactly one of 'url' or 'engine' must be provided.")
+        self._retry = Retry(retry_window)
+        self._turns = Turns()
+        self._prepared = False
+
+    # --- life cycle ----------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def prepare_tables(self) -> None:
+        """Makes or upgrades the tables; called by every operation, so calling it is optional.
+
+        Any number of services and processes may do so at once. Later calls cost nothing.
+
+        Raises:
+            SchemaError: the database holds tables that cannot be used.
+            MigrationLockError: another process migrates for more than a minute.
+            DatabaseError: the database refused or could not be reached.
+        """
+        if self._prepared:
+            return
+        async with self._turns.of("prepare"):
+            if not self._prepared:
+                # alembic is imported by whoever finds something to do, not by every start
+                from . import migrate
+
+                await self._retry(
+                    lambda: migrate.upgrade(self._database, self._statements), write=False
+                )
+                self._prepared = True
+
+    async def ping(self, *, timeout: float = 5.0) -> None:
+        """Returns if the database answers: for readiness probes.
+
+        Args:
+            timeout: seconds to wait at the most.
+
+        Raises:
+            DatabaseError: it does not.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                await self._run(self._statements.ping, write=False)
+                return
+        except TimeoutError:
+            pass
+        raise errors.DatabaseError(
+            f"The database did not answer in {timeout:g} seconds.", retryable=True
+        )
+
+    async def flush(self) -> None:
+        """Does nothing: what was acknowledged is stored."""
+
+    async def close(self) -> None:
+        """Closes the connections that the service made; an engine that was passed stays open.
+
+        The service may be used again afterwards; an in-memory database is then empty.
+        """
+        await self._database.close()
+        self._prepared = False
+
+    # --- sessions ------------------------------------------------------------------------------
+
+    async def create_session(
+        self,
+        *,
+        app_name: str,
+        user_id: str,
+        state: dict[str, Any] | None = None,
+        session_id: str | None = None,
+    ) -> S:
+        """Creates a session.
+
+        Args:
+            app_name: the application, at most 128 characters like the other ids.
+            user_id: the user.
+            state: initial state; ``app:`` and ``user:`` keys are set in their wider scope for
+                everybody, ``temp:`` keys are dropped.
+            session_id: taken as it is, spaces included; one is made if None.
+
+        Returns:
+            The session as a following `get_session` would return it.
+
+        Raises:
+            AlreadyExistsError: the user has a session with this id.
+            InvalidInputError: an argument cannot be stored; nothing was written.
+        """
+        session_id = self._new_id() if session_id is None else session_id
+        key = self._checked(app_name, user_id, session_id)
+        initial: dict[str, Any] = {} if state is None else state
+        checks.check_state(initial, "state")
+        deltas = _deltas(initial, "state")
+        now = clock.to_datetime(self._now())
+        await self.prepare_tables()
+        lost = False
+
+        async def create() -> States:
+            nonlocal lost
+            try:
+                return await self._database.run(
+                    lambda conn: self._statements.create(conn, key, now, deltas), write=True
+                )
+            except Exception as error:
+                lost = lost or classify(error) is Fault.LOST
+                raise
+
+        stored: States | None = None
+        with contextlib.suppress(IntegrityError):
+            stored = await self._retry(create, write=True)
+        if stored is None:
+            # after a lost connection the session that is there may be the one of the first try
+            found = await self._read(key, limit=0) if lost else None
+            if found is None or found.create_time != now:
+                raise self.already_exists(f"Session with id {session_id!r} already exists.")
+            stored = found.states
+        return self._session(key, stored, now)
+
+    async def get_session(
+        self,
+        *,
+        app_name: str,
+        user_id: str,
+        session_id: str,
+        config: ConfigLike | None = None,
+        num_recent_events: int | None = None,
+        after_timestamp: float | None = None,
+    ) -> S | None:
+        """Reads a session: state and events of one moment, events in the order of their append.
+
+        Args:
+            app_name: the application.
+            user_id: the user.
+            session_id: the session.
+            config: the next two arguments as one object, as google-adk passes them.
+            num_recent_events: at most so many events, the newest; 0 for none, None for all.
+            after_timestamp: only events whose own timestamp (seconds since the epoch) is this or
+                later; None or 0 for all. With both, time is filtered first.
+
+        Returns:
+            The session, None if there is no such one.
+
+        Raises:
+            InvalidInputError: a filter is negative or not a number.
+            DatabaseError: a stored event cannot be read; the message names it.
+        """
+        if config is not None:
+            num_recent_events = config.num_recent_events
+            after_timestamp = config.after_timestamp
+        if num_recent_events is not None and num_recent_events < 0:
+            raise errors.InvalidInputError(
+                "num_recent_events must not be negative", field="num_recent_events"
+            )
+        after = after_timestamp or None
+        if after is not None and after != after:
+            raise errors.InvalidInputError(
+                "after_timestamp is not a number", field="after_timestamp"
+            )
+        key = Key(app_name, user_id, session_id)
+        if not checks.are_keys(*key):
+            return None
+        await self.prepare_tables()
+        found = await self._read(key, limit=num_recent_events, after=after)
+        if found is None:
+            return None
+        events = self._events(found, after)
+        if num_recent_events and len(events) < len(found.events) == num_recent_events:
+            # some were newer by their place only: look further back for the others
+            found = await self._read(key, limit=None, after=after)
+            if found is None:
+                return None
+            events = self._events(found, after)[-num_recent_events:]
+        return self._session(key, found.states, found.update_time, events)
+
+    async def list_sessions(self, *, app_name: str, user_id: str | None = None) -> Any:
+        """Lists sessions with their merged state and without events.
+
+        Args:
+            app_name: the application.
+            user_id: the user; None for all users of the application.
+
+        Returns:
+            A response with the list ``sessions``, the least recently updated first.
+        """
+        if not checks.are_keys(app_name, user_id or ""):
+            return self.list_type(sessions=[])
+        await self.prepare_tables()
+        found = await self._run(
+            lambda conn: self._statements.list(conn, app_name, user_id), write=False
+        )
+        app = codec.load_state(found.app_state)
+        users = {user: codec.load_state(text) for user, text in found.user_states.items()}
+        sessions = [
+            self._bare_session(
+                Key(app_name, row.user_id, row.id),
+                states.Scopes(app, users.get(row.user_id, {}), codec.load_state(row.state)),
+                row.update_time,
+            )
+            for row in sorted(found.sessions, key=lambda row: (row.update_time, row[:2]))
+        ]
+        return self.list_type(sessions=sessions)
+
+    async def delete_session(self, app_name: str, user_id: str, session_id: str) -> None:
+        """Deletes a session and its events, if there is such a one; wider state stays.
+
+        Args:
+            app_name: the application.
+            user_id: the user.
+            session_id: the session.
+        """
+        key = Key(app_name, user_id, session_id)
+        if checks.are_keys(*key):
+            await self.prepare_tables()
+            await self._run(lambda conn: self._statements.delete(conn, key), write=True)
+
+    async def get_user_state(self, *, app_name: str, user_id: str) -> dict[str, Any]:
+        """Reads what every session of a user shares.
+
+        Args:
+            app_name: the application.
+            user_id: the user.
+
+        Returns:
+            Keys without their prefix; empty if there is nothing.
+        """
+        if not checks.are_keys(app_name, user_id):
+            return {}
+        await self.prepare_tables()
+        return codec.load_state(
+            await self._run(
+                lambda conn: self._statements.user_state(conn, app_name, user_id), write=False
+            )
+        )
+
+    async def get_app_state(self, *, app_name: str) -> dict[str, Any]:
+        """Reads what every user of an application shares.
+
+        Args:
+            app_name: the application.
+
+        Returns:
+            Keys without their prefix; empty if there is nothing.
+        """
+        if not checks.are_keys(app_name):
+            return {}
+        await self.prepare_tables()
+        return codec.load_state(
+            await self._run(lambda conn: self._statements.app_state(conn, app_name), write=False)
+        )
+
+    # --- append --------------------------------------------------------------------------------
+
+    async def append_event(self, session: S, event: E) -> E:
+        """Appends an event to a session and sets its state delta, in storage and in ``session``.
+
+        Appends of one service to one session take turns. The event's id makes a repetition
+        harmless: the same event again changes nothing in storage, and brings into ``session`` what
+        it has missed.
+
+        Args:
+            session: the session as it was created, read or listed; it is changed in place.
+            event: a ``partial`` one is returned as it is; ``temp:`` keys of its state delta go to
+                ``session.state`` only, and are taken out of the event.
+
+        Returns:
+            ``event``.
+
+        Raises:
+            SessionNotFoundError: there is no such session (any more).
+            StaleSessionError: somebody else has appended since ``session`` was read. Nothing was
+                stored, ``session`` and ``event`` are as they were.
+            EventConflictError: the session has an event with this id and other content.
+            InvalidInputError: a field cannot be stored; nothing was written.
+        """
+        if event.partial:
+            return event
+        key = self._checked(session.app_name, session.user_id, session.id)
+        checks.check_event(event)
+        await self.prepare_tables()
+        async with self._turns.of(key):
+            return await self._append(key, session, event)
+
+    async def _append(self, key: Key, session: S, event: E) -> E:
+        new, deltas = _encoded(event)
+        marker = session._storage_update_marker
+        expected = None if marker is None else clock.from_marker(marker)
+        for _ in range(_TRIES):
+            if marker is None:
+                expected = await self._matching_revision(key, session)
+            revision: datetime | None = None
+            taken: IntegrityError | None = None
+            if expected is not None:
+                try:
+                    revision = await self._run(
+                        self._appending(key, expected, new, deltas), write=True
+                    )
+                except IntegrityError as error:
+                    taken = error
+            if revision is not None:
+                self._commit(session, event)
+                self._remember(session, revision)
+                return event
+            since = expected or clock.to_datetime(session.last_update_time)
+            found = await self._run(self._catching_up(key, since, event.id), write=False)
+            if found is None:
+                raise self.not_found(f"Session {session.id!r} not found.")
+            stored = next((row for row in found.events if row.id == event.id), None)
+            if stored is not None:
+                if not codec.same_event(
+                    new.text, codec.EventText(stored.data or "{}", stored.exact)
+                ):
+                    raise errors.EventConflictError
+                self._catch_up(session, event, found, since)
+                return event
+            if taken is not None:
+                raise translate(taken, unknown=False) from None
+            if expected is None or (marker is not None and found.update_time != expected):
+                raise self.stale
+            # else the statement waited for a writer that gave up, or one came between the look at
+            # a session without marker and the append: the next try tells which
+        raise self.stale
+
+    def _appending(
+        self, key: Key, expected: datetime, new: NewEvent, deltas: Deltas
+    ) -> Callable[[Connection], datetime | None]:
+        return lambda conn: self._statements.append(conn, key, expected, new, deltas)
+
+    def _catching_up(
+        self, key: Key, since: datetime, event_id: str
+    ) -> Callable[[Connection], Snapshot | None]:
+        return lambda conn: self._statements.catch_up(conn, key, since, event_id)
+
+    async def _matching_revision(self, key: Key, session: S) -> datetime | None:
+        """The stored revision, if a session without a marker can be said to be at it.
+
+        A session made by hand or by an older release has no marker. It counts as current if it is
+        not older than storage, or if its newest event is the newest one stored.
+        """
+        found = await self._run(lambda conn: self._statements.revision(conn, key), write=False)
+        if found is None:
+            raise self.not_found(f"Session {session.id!r} not found.")
+        revision, newest_id = found
+        newest_known = session.events[-1].id if session.events else None
+        if clock.to_epoch(revision) <= session.last_update_time or newest_id == newest_known:
+            return revision
+        return None
+
+    def _catch_up(self, session: S, event: E, found: Snapshot, since: datetime) -> None:
+        """Brings what a session has missed into it: events after its revision, and the state."""
+        known = {known.id for known in session.events}
+        missed = [row for row in found.events if row.timestamp > since and row.id not in known]
+        if [row.id for row in missed] == [event.id] and found.update_time == missed[0].timestamp:
+            self._commit(session, event)  # the reply to this very append was lost
+        elif found.update_time != since:
+            temp = states.only_temp({**session.state, **_delta(event)})
+            if _delta(event):
+                event.actions.state_delta = states.without_temp(_delta(event))
+            session.events.extend(
+                event if row.id == event.id else self._event(row) for row in missed
+            )
+            session.state.clear()
+            session.state.update(_merged(found.states) | temp)
+        self._remember(session, found.update_time)
+
+    def _commit(self, session: S, event: E) -> None:
+        """Does to the caller's objects what was done to storage."""
+        delta = _delta(event)
+        session.state.update(delta)
+        if delta:
+            event.actions.state_delta = states.without_temp(delta)
+        session.events.append(event)
+
+    def _remember(self, session: S, revision: datetime) -> None:
+        session.last_update_time = clock.to_epoch(revision)
+        session._storage_update_marker = clock.to_marker(revision)
+
+    # --- pieces --------------------------------------------------------------------------------
+
+    def _new_id(self) -> str:
+        return str(uuid.uuid4())
+
+    def _now(self) -> float:
+        return time.time()
+
+    def _checked(self, app_name: str, user_id: str, session_id: str) -> Key:
+        checks.check_key(app_name, "app_name")
+        checks.check_key(user_id, "user_id")
+        checks.check_key(session_id, "session_id")
+        return Key(app_name, user_id, session_id)
+
+    async def _run(self, work: Callable[[Connection], T], *, write: bool) -> T:
+        return await self._retry(lambda: self._database.run(work, write=write), write=write)
+
+    async def _read(
+        self, key: Key, *, limit: int | None, after: float | None = None
+    ) -> Snapshot | None:
+        moment = None if after is None else clock.just_before(clock.to_datetime(after))
+        return await self._run(
+            lambda conn: self._statements.read(
+                conn, key, limit=limit, after=moment, epoch=after or 0.0
+            ),
+            write=False,
+        )
+
+    def _events(self, found: Snapshot, after: float | None) -> list[E]:
+        events = [self._event(row) for row in found.events]
+        if after is None:
+            return events
+        return [event for event in events if event.timestamp >= after]
+
+    def _event(self, row: StoredEvent) -> E:
+        try:
+            event = cast(E, codec.load_event(self.event_type, row.data, row.exact))
+        except (ValidationError, ValueError):
+            _unreadable(row)
+        # the row's own columns win, as in google-adk; a payload may lack them
+        if event.id != row.id:
+            event.id = row.id
+        if event.invocation_id != row.invocation_id:
+            event.invocation_id = row.invocation_id
+        if "timestamp" not in cast(BaseModel, event).model_fields_set:
+            event.timestamp = clock.to_epoch(row.timestamp)
+        return event
+
+    def _session(
+        self, key: Key, stored: States, revision: datetime, events: list[E] | None = None
+    ) -> S:
+        session = self._bare_session(key, _scopes(stored), revision)
+        if events:
+            session.events.extend(events)
+        return session
+
+    def _bare_session(self, key: Key, scopes: states.Scopes, revision: datetime) -> S:
+        session = cast(
+            S,
+            self.session_type(
+                app_name=key.app_name,
+                user_id=key.user_id,
+                id=key.session_id,
+                state=states.merge(scopes),
+            ),
+        )
+        self._remember(session, revision)
+        return session
+
+
+class SessionService(Store[Session, Event]):
+    """The store on its own types, for any agent framework and without google-adk.
+
+    A new process goes on where the last one stopped:
+
+        async with SessionService("sqlite:///chats.db") as service:
+            session = await service.create_session(app_name="shop", user_id="ann")
+            await service.append_event(
+                session, Event(author="user", content="Hello", invocation_id="1")
+            )
+
+    See `Store` for the arguments.
+    """
+
+    session_type = Session
+    event_type = Event
+    list_type = ListSessionsResponse
+
+
+def _unreadable(row: StoredEvent) -> NoReturn:
+    # the validation's own text quotes the row
+    raise errors.DatabaseError(f"The stored event {row.id!r} cannot be read.") from None
+
+
+def _scopes(stored: States) -> states.Scopes:
+    return states.Scopes(*map(codec.load_state, stored))
+
+
+def _merged(stored: States) -> dict[str, Any]:
+    return states.merge(_scopes(stored))
+
+
+def _delta(event: EventLike) -> dict[str, Any]:
+    delta: dict[str, Any] | None = event.actions.state_delta if event.actions else None
+    return delta or {}
+
+
+def _deltas(state: dict[str, Any], field: str) -> Deltas:
+    return Deltas(
+        *(codec.dump_state(part, field=field) if part else None for part in states.split(state))
+    )
+
+
+def _encoded(event: EventLike) -> tuple[NewEvent, Deltas]:
+    """An event's row and deltas. ``temp:`` keys are left out, the event itself as it is."""
+    delta = _delta(event)
+    model = cast(BaseModel, event)
+    if states.only_temp(delta):
+        trimmed = event.actions.model_copy(update={"state_delta": states.without_temp(delta)})
+        model = model.model_copy(update={"actions": trimmed})
+    row = NewEvent(
+        event.id,
+        event.invocation_id,
+        clock.to_datetime(event.timestamp),
+        codec.dump_event(model),
+    )
+    return row, _deltas(delta, "event.actions.state_delta")

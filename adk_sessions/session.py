@@ -1,0 +1,109 @@
+"""The store's own session types, with google-adk's field names, for use without google-adk."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, alias_generators
+
+__all__ = ["Event", "EventActions", "GetSessionConfig", "ListSessionsResponse", "Session"]
+
+# Field names are snake_case as in storage; JSON in camelCase, as web clients send it, is read too.
+_OPEN = ConfigDict(
+    extra="allow",
+    alias_generator=alias_generators.to_camel,
+    populate_by_name=True,
+    ser_json_bytes="base64",
+    val_json_bytes="base64",
+)
+
+
+class EventActions(BaseModel):
+    """What an event does besides being said. Unknown fields are kept.
+
+    Attributes:
+        state_delta: state keys to set, each with its scope's prefix (see ``adk_sessions.state``).
+        artifact_delta: file name to version.
+    """
+
+    model_config = _OPEN
+
+    state_delta: dict[str, Any] = Field(default_factory=dict)
+    artifact_delta: dict[str, int] = Field(default_factory=dict)
+
+
+class Event(BaseModel):
+    """One entry of a conversation. Unknown fields are kept, stored and given back.
+
+    Attributes:
+        id: unique in its session; made if none is given. Appending the same id with the same
+            content again is harmless.
+        invocation_id: groups the events of one run of the agent, at most 256 characters.
+        author: ``user`` or the name of an agent.
+        timestamp: seconds since the epoch.
+        content: what was said, any JSON-able value.
+        actions: see `EventActions`.
+        partial: a fragment of a streamed answer; such an event is never stored.
+    """
+
+    model_config = _OPEN
+
+    id: str = ""
+    invocation_id: str = ""
+    author: str = ""
+    timestamp: float = Field(default_factory=time.time)
+    content: Any = None
+    actions: EventActions = Field(default_factory=EventActions)
+    partial: bool | None = None
+
+    def model_post_init(self, context: Any, /) -> None:
+        if not self.id:
+            self.id = str(uuid.uuid4())
+
+
+class Session(BaseModel):
+    """A conversation as the caller holds it.
+
+    Attributes:
+        id: unique for its app and user.
+        app_name: the application that owns the session.
+        user_id: the user that owns the session.
+        state: the three scopes merged, keys with their prefixes.
+        events: in the order in which they were appended, oldest first.
+        last_update_time: seconds since the epoch.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", alias_generator=alias_generators.to_camel, populate_by_name=True
+    )
+
+    id: str
+    app_name: str
+    user_id: str
+    state: dict[str, Any] = Field(default_factory=dict)
+    events: list[Event] = Field(default_factory=list)
+    last_update_time: float = 0.0
+
+    # The revision of the stored session that this object was read at; None if it was made by hand.
+    _storage_update_marker: str | None = PrivateAttr(default=None)
+
+
+class GetSessionConfig(BaseModel):
+    """Which events `get_session` returns.
+
+    Attributes:
+        num_recent_events: at most so many, the newest; 0 gives none, None all.
+        after_timestamp: only events whose own timestamp (seconds since the epoch) is this or later;
+            None or 0 gives all. With both, time is filtered first.
+    """
+
+    num_recent_events: int | None = Field(default=None, ge=0)
+    after_timestamp: float | None = None
+
+
+class ListSessionsResponse(BaseModel):
+    """Sessions without their events, the least recently updated first."""
+
+    sessions: list[Session] = Field(default_factory=list)

@@ -1,0 +1,54 @@
+"""State of three scopes, as pure functions on dicts.
+
+A key with the prefix ``app:`` is shared by every user of the app, ``user:`` by every session of
+the user, ``temp:`` lives in memory for one run and is never stored; any other key belongs to the
+session. Storage holds the keys of a scope without its prefix, callers see them with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+APP_PREFIX = "app:"
+USER_PREFIX = "user:"
+TEMP_PREFIX = "temp:"
+
+
+class Scopes(NamedTuple):
+    """One dict for each stored scope, keys without prefix."""
+
+    app: dict[str, Any]
+    user: dict[str, Any]
+    session: dict[str, Any]
+
+
+def split(state: Mapping[str, Any]) -> Scopes:
+    """Sorts prefixed keys into their scopes; ``temp:`` keys are dropped."""
+    scopes = Scopes({}, {}, {})
+    for key, value in state.items():
+        if key.startswith(APP_PREFIX):
+            scopes.app[key.removeprefix(APP_PREFIX)] = value
+        elif key.startswith(USER_PREFIX):
+            scopes.user[key.removeprefix(USER_PREFIX)] = value
+        elif not key.startswith(TEMP_PREFIX):
+            scopes.session[key] = value
+    return scopes
+
+
+def merge(scopes: Scopes) -> dict[str, Any]:
+    """The one dict a caller sees; a session key can never shadow one of the wider scopes."""
+    merged = dict(scopes.session)
+    merged.update((APP_PREFIX + key, value) for key, value in scopes.app.items())
+    merged.update((USER_PREFIX + key, value) for key, value in scopes.user.items())
+    return merged
+
+
+def only_temp(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``temp:`` keys of a state."""
+    return {key: value for key, value in state.items() if key.startswith(TEMP_PREFIX)}
+
+
+def without_temp(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state without its ``temp:`` keys."""
+    return {key: value for key, value in state.items() if not key.startswith(TEMP_PREFIX)}

@@ -1,0 +1,130 @@
+"""google-adk's schema, version 1: made where it is missing, adopted where it is."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import context, op
+from sqlalchemy.dialects import mysql, postgresql
+
+from adk_sessions.errors import SchemaError
+
+revision = "0001"
+down_revision = None
+branch_labels = ("adk_sessions",)
+depends_on = None
+
+TABLES = ("adk_internal_metadata", "sessions", "events", "app_states", "user_states")
+
+
+def key(length: int) -> sa.types.TypeEngine[str]:
+    # by bytes: case and trailing spaces tell keys apart
+    collation = {"mysql": "utf8mb4_0900_bin", "mariadb": "utf8mb4_nopad_bin"}.get(flavour())
+    if collation:
+        return mysql.VARCHAR(length, charset="utf8mb4", collation=collation)
+    return sa.String(length)
+
+
+def flavour() -> str:
+    dialect = op.get_context().dialect
+    return "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
+
+
+def json() -> sa.types.TypeEngine[object]:
+    if flavour() == "postgresql":
+        return postgresql.JSONB()
+    return mysql.LONGTEXT(charset="utf8mb4") if flavour() in ("mysql", "mariadb") else sa.Text()
+
+
+def timestamp() -> sa.types.TypeEngine[object]:
+    return mysql.DATETIME(fsp=6) if flavour() in ("mysql", "mariadb") else sa.DateTime()
+
+
+def upgrade() -> None:
+    present = existing()
+    if "sessions" not in present:
+        op.create_table(
+            "sessions",
+            sa.Column("app_name", key(128), primary_key=True),
+            sa.Column("user_id", key(128), primary_key=True),
+            sa.Column("id", key(128), primary_key=True),
+            sa.Column("state", json(), nullable=False),
+            sa.Column("create_time", timestamp(), nullable=False),
+            sa.Column("update_time", timestamp(), nullable=False),
+        )
+    if "events" not in present:
+        op.create_table(
+            "events",
+            sa.Column("id", key(128), primary_key=True),
+            sa.Column("app_name", key(128), primary_key=True),
+            sa.Column("user_id", key(128), primary_key=True),
+            sa.Column("session_id", key(128), primary_key=True),
+            sa.Column("invocation_id", key(256), nullable=False),
+            sa.Column("timestamp", timestamp(), nullable=False),
+            sa.Column("event_data", json(), nullable=True),
+            sa.ForeignKeyConstraint(
+                ["app_name", "user_id", "session_id"],
+                ["sessions.app_name", "sessions.user_id", "sessions.id"],
+                ondelete="CASCADE",
+            ),
+        )
+        op.create_index(
+            "idx_events_app_user_session_ts_id",
+            "events",
+            ["app_name", "user_id", "session_id", sa.text("timestamp DESC"), sa.text("id DESC")],
+        )
+    if "app_states" not in present:
+        op.create_table(
+            "app_states",
+            sa.Column("app_name", key(128), primary_key=True),
+            sa.Column("state", json(), nullable=False),
+            sa.Column("update_time", timestamp(), nullable=False),
+        )
+    if "user_states" not in present:
+        op.create_table(
+            "user_states",
+            sa.Column("app_name", key(128), primary_key=True),
+            sa.Column("user_id", key(128), primary_key=True),
+            sa.Column("state", json(), nullable=False),
+            sa.Column("update_time", timestamp(), nullable=False),
+        )
+    if "adk_internal_metadata" not in present:
+        op.create_table(
+            "adk_internal_metadata",
+            sa.Column("key", key(128), primary_key=True),
+            sa.Column("value", key(256), nullable=False),
+        )
+        metadata = sa.table("adk_internal_metadata", sa.column("key"), sa.column("value"))
+        op.execute(metadata.insert().values(key="schema_version", value="1"))
+
+
+def existing() -> set[str]:
+    """google-adk's tables that are there already, if they are ones that can be adopted."""
+    if context.is_offline_mode():
+        return set()
+    bind = op.get_bind()
+    inspector = sa.inspect(bind)
+    present = {table for table in TABLES if inspector.has_table(table)}
+    if "adk_internal_metadata" in present:
+        metadata = sa.table("adk_internal_metadata", sa.column("key"), sa.column("value"))
+        version = bind.execute(
+            sa.select(metadata.c.value).where(metadata.c.key == "schema_version")
+        ).scalar()
+        if version != "1":
+            raise SchemaError(
+                f"adk_internal_metadata says schema_version {version!r}; only '1' can be adopted"
+            )
+    if "events" in present:
+        columns = {column["name"] for column in inspector.get_columns("events")}
+        if "event_data" not in columns:
+            raise SchemaError(
+                "This database has google-adk's old layout, with pickled actions. Move it with"
+                " 'adk migrate session' first, or use another database."
+                if "actions" in columns
+                else "The table events belongs to another application: it has no event_data."
+            )
+    return present
+
+
+def downgrade() -> None:
+    for table in ("events", "sessions", "app_states", "user_states", "adk_internal_metadata"):
+        op.drop_table(table)

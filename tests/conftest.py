@@ -1,0 +1,120 @@
+"""Fixtures that give databases: what to use, and when a test is skipped for want of a server.
+
+ADK_SESSIONS_REQUIRE_SERVERS=1 makes a missing server a failure. The servers' own environment
+variables are in servers.py.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from servers import (
+    MariaDB,
+    Postgres,
+    Server,
+    ServerNotFound,
+    run_mariadb,
+    run_pgbouncer,
+    run_postgres,
+    unique_name,
+)
+
+pytest.register_assert_rewrite("adk_sessions.testing")
+
+
+def _missing(reason: str) -> BaseException:
+    if os.environ.get("ADK_SESSIONS_REQUIRE_SERVERS") == "1":
+        return pytest.fail.Exception(f"ADK_SESSIONS_REQUIRE_SERVERS=1: {reason}", pytrace=False)
+    return pytest.skip.Exception(reason)
+
+
+@contextmanager
+def _or_skip() -> Iterator[ExitStack]:
+    """A stack to enter a server on; one that does not exist skips the test."""
+    with ExitStack() as stack:
+        try:
+            yield stack
+        except ServerNotFound as not_found:
+            raise _missing(str(not_found)) from None
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """The session's PostgreSQL server. A test that stops it uses `run_postgres()` instead."""
+    with _or_skip() as stack:
+        yield stack.enter_context(run_postgres())
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[MariaDB]:
+    with _or_skip() as stack:
+        yield stack.enter_context(run_mariadb())
+
+
+@pytest.fixture(scope="session")
+def postgres_url(postgres: Postgres) -> Iterator[str]:
+    """One database for the whole session: tests tell their rows apart by `app_name`."""
+    with postgres.scratch_database() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def mariadb_url(mariadb: MariaDB) -> Iterator[str]:
+    """One database for the whole session, as `postgres_url`."""
+    with mariadb.scratch_database() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def pgbouncer_url(postgres: Postgres, postgres_url: str) -> Iterator[str]:
+    """The database of `postgres_url` through a pooler in transaction mode."""
+    with _or_skip() as stack:
+        pgbouncer = stack.enter_context(run_pgbouncer(postgres))
+        yield pgbouncer.url(postgres_url.rpartition("/")[2])
+
+
+@pytest.fixture
+def fresh_database(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[Callable[[str], str]]:
+    """`fresh_database(kind)` makes an empty database and returns its URL; the test's end drops it.
+
+    Kinds: "sqlite" (a file), "sqlite-memory", "postgresql", "mariadb". It blocks, so an async
+    test that must not be held up calls it before it starts anything.
+    """
+    with ExitStack() as stack:
+
+        def create(kind: str) -> str:
+            if kind == "sqlite":
+                return f"sqlite:///{tmp_path / unique_name()}.db"
+            if kind == "sqlite-memory":
+                return "sqlite://"
+            fixture = {"postgresql": "postgres", "mariadb": "mariadb"}[kind]
+            server: Server = request.getfixturevalue(fixture)
+            return stack.enter_context(server.scratch_database())
+
+        yield create
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, fresh_database: Callable[[str], str]) -> str:
+    """The URL for one kind of database, "sqlite" unless the test is parametrized:
+
+        @pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+
+    The servers' databases are shared by the whole session, SQLite's are new.
+    """
+    kind: str = getattr(request, "param", "sqlite")
+    shared = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}.get(kind)
+    return request.getfixturevalue(shared) if shared else fresh_database(kind)
+
+
+@pytest.fixture
+def app_name() -> str:
+    """A new name for each test, so that none needs to clean up and all can share a database."""
+    return f"app-{uuid.uuid4().hex[:16]}"
