@@ -9,29 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-import uuid
 from collections.abc import Callable
 from datetime import datetime
 from types import TracebackType
-from typing import Any, ClassVar, Generic, NoReturn, Protocol, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ValidationError
 from sqlalchemy import URL, Connection
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import checks, clock, codec, errors
 from . import state as states
+from .binding import Binding, ConfigLike, E, S, encode_deltas, encode_event
 from .dialects import Backend, open_engine, open_url
-from .dialects.base import Deltas, Key, NewEvent, Snapshot, States, StoredEvent
 from .dialects.faults import Fault, classify, translate
+from .dialects.rows import Deltas, Key, NewEvent, Snapshot, States
 from .models import models
 from .retry import WINDOW, Retry
 from .session import Event, ListSessionsResponse, Session
 from .turns import Turns
 
-__all__ = ["EventLike", "SessionLike", "SessionService", "Store"]
+__all__ = ["SessionService", "Store"]
 
 T = TypeVar("T")
 
@@ -40,47 +38,7 @@ T = TypeVar("T")
 _TRIES = 8
 
 
-class EventLike(Protocol):
-    """What the store needs of an event, a pydantic model."""
-
-    id: str
-    invocation_id: str
-    timestamp: float
-
-    @property
-    def partial(self) -> bool | None: ...
-    @property
-    def actions(self) -> Any: ...
-
-
-class SessionLike(Protocol):
-    """What the store needs of a session, a pydantic model."""
-
-    id: str
-    app_name: str
-    user_id: str
-    state: dict[str, Any]
-    last_update_time: float
-    _storage_update_marker: str | None
-
-    @property
-    def events(self) -> list[Any]: ...
-
-
-class ConfigLike(Protocol):
-    """What the store needs of a reader's filter."""
-
-    @property
-    def num_recent_events(self) -> int | None: ...
-    @property
-    def after_timestamp(self) -> float | None: ...
-
-
-S = TypeVar("S", bound=SessionLike)
-E = TypeVar("E", bound=EventLike)
-
-
-class Store(Generic[S, E]):
+class Store(Binding[S, E]):
     """Sessions, events and state in any SQL database.
 
     Args:
@@ -102,13 +60,6 @@ class Store(Generic[S, E]):
     Raises:
         ConfigurationError: bad URL, missing or synchronous driver, unknown option; a ValueError.
     """
-
-    session_type: ClassVar[type[Any]]
-    event_type: ClassVar[type[Any]]
-    list_type: ClassVar[type[Any]]
-    already_exists: ClassVar[type[errors.AlreadyExistsError]] = errors.AlreadyExistsError
-    not_found: ClassVar[type[errors.SessionNotFoundError]] = errors.SessionNotFoundError
-    stale: ClassVar[type[errors.StaleSessionError]] = errors.StaleSessionError
 
     def __init__(
         self,
@@ -232,7 +183,7 @@ class Store(Generic[S, E]):
         key = self._checked(app_name, user_id, session_id)
         initial: dict[str, Any] = {} if state is None else state
         checks.check_state(initial, "state")
-        deltas = _deltas(initial, "state")
+        deltas = encode_deltas(initial, "state")
         now = clock.to_datetime(self._now())
         await self.prepare_tables()
         lost = False
@@ -423,7 +374,7 @@ class Store(Generic[S, E]):
             return await self._append(key, session, event)
 
     async def _append(self, key: Key, session: S, event: E) -> E:
-        new, deltas = _encoded(event)
+        new, deltas = encode_event(event)
         marker = session._storage_update_marker
         expected = None if marker is None else clock.from_marker(marker)
         for _ in range(_TRIES):
@@ -487,42 +438,7 @@ class Store(Generic[S, E]):
             return revision
         return None
 
-    def _catch_up(self, session: S, event: E, found: Snapshot, since: datetime) -> None:
-        """Brings what a session has missed into it: events after its revision, and the state."""
-        known = {known.id for known in session.events}
-        missed = [row for row in found.events if row.timestamp > since and row.id not in known]
-        if [row.id for row in missed] == [event.id] and found.update_time == missed[0].timestamp:
-            self._commit(session, event)  # the reply to this very append was lost
-        elif found.update_time != since:
-            temp = states.only_temp({**session.state, **_delta(event)})
-            if _delta(event):
-                event.actions.state_delta = states.without_temp(_delta(event))
-            session.events.extend(
-                event if row.id == event.id else self._event(row) for row in missed
-            )
-            session.state.clear()
-            session.state.update(_merged(found.states) | temp)
-        self._remember(session, found.update_time)
-
-    def _commit(self, session: S, event: E) -> None:
-        """Does to the caller's objects what was done to storage."""
-        delta = _delta(event)
-        session.state.update(delta)
-        if delta:
-            event.actions.state_delta = states.without_temp(delta)
-        session.events.append(event)
-
-    def _remember(self, session: S, revision: datetime) -> None:
-        session.last_update_time = clock.to_epoch(revision)
-        session._storage_update_marker = clock.to_marker(revision)
-
     # --- pieces --------------------------------------------------------------------------------
-
-    def _new_id(self) -> str:
-        return str(uuid.uuid4())
-
-    def _now(self) -> float:
-        return time.time()
 
     def _checked(self, app_name: str, user_id: str, session_id: str) -> Key:
         checks.check_key(app_name, "app_name")
@@ -544,47 +460,6 @@ class Store(Generic[S, E]):
             write=False,
         )
 
-    def _events(self, found: Snapshot, after: float | None) -> list[E]:
-        events = [self._event(row) for row in found.events]
-        if after is None:
-            return events
-        return [event for event in events if event.timestamp >= after]
-
-    def _event(self, row: StoredEvent) -> E:
-        try:
-            event = cast(E, codec.load_event(self.event_type, row.data, row.exact))
-        except (ValidationError, ValueError):
-            _unreadable(row)
-        # the row's own columns win, as in google-adk; a payload may lack them
-        if event.id != row.id:
-            event.id = row.id
-        if event.invocation_id != row.invocation_id:
-            event.invocation_id = row.invocation_id
-        if "timestamp" not in cast(BaseModel, event).model_fields_set:
-            event.timestamp = clock.to_epoch(row.timestamp)
-        return event
-
-    def _session(
-        self, key: Key, stored: States, revision: datetime, events: list[E] | None = None
-    ) -> S:
-        session = self._bare_session(key, _scopes(stored), revision)
-        if events:
-            session.events.extend(events)
-        return session
-
-    def _bare_session(self, key: Key, scopes: states.Scopes, revision: datetime) -> S:
-        session = cast(
-            S,
-            self.session_type(
-                app_name=key.app_name,
-                user_id=key.user_id,
-                id=key.session_id,
-                state=states.merge(scopes),
-            ),
-        )
-        self._remember(session, revision)
-        return session
-
 
 class SessionService(Store[Session, Event]):
     """The store on its own types, for any agent framework and without google-adk.
@@ -603,43 +478,3 @@ class SessionService(Store[Session, Event]):
     session_type = Session
     event_type = Event
     list_type = ListSessionsResponse
-
-
-def _unreadable(row: StoredEvent) -> NoReturn:
-    # the validation's own text quotes the row
-    raise errors.DatabaseError(f"The stored event {row.id!r} cannot be read.") from None
-
-
-def _scopes(stored: States) -> states.Scopes:
-    return states.Scopes(*map(codec.load_state, stored))
-
-
-def _merged(stored: States) -> dict[str, Any]:
-    return states.merge(_scopes(stored))
-
-
-def _delta(event: EventLike) -> dict[str, Any]:
-    delta: dict[str, Any] | None = event.actions.state_delta if event.actions else None
-    return delta or {}
-
-
-def _deltas(state: dict[str, Any], field: str) -> Deltas:
-    return Deltas(
-        *(codec.dump_state(part, field=field) if part else None for part in states.split(state))
-    )
-
-
-def _encoded(event: EventLike) -> tuple[NewEvent, Deltas]:
-    """An event's row and deltas. ``temp:`` keys are left out, the event itself as it is."""
-    delta = _delta(event)
-    model = cast(BaseModel, event)
-    if states.only_temp(delta):
-        trimmed = event.actions.model_copy(update={"state_delta": states.without_temp(delta)})
-        model = model.model_copy(update={"actions": trimmed})
-    row = NewEvent(
-        event.id,
-        event.invocation_id,
-        clock.to_datetime(event.timestamp),
-        codec.dump_event(model),
-    )
-    return row, _deltas(delta, "event.actions.state_delta")

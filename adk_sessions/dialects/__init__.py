@@ -13,9 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .. import url as urls
 from ..errors import ConfigurationError
-from .base import Generic, Tables
+from .base import Generic
 from .mysql import MySQL
 from .postgresql import JsonbColumns, PostgreSQL
+from .reads import Tables
 from .servers import EngineDatabase
 from .sqlite import SQLite, SQLiteDatabase, Synchronous
 

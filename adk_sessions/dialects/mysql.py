@@ -14,7 +14,9 @@ from sqlalchemy import ColumnElement, Connection, Table, func, select, text
 from sqlalchemy.dialects.mysql import insert as upsert
 
 from ..errors import InvalidInputError
-from .base import Generic, Key, Tables
+from .base import Generic
+from .reads import Tables
+from .rows import Key
 
 # What a statement is long besides its payload: key columns, names, the packet's header.
 _STATEMENT = 16_384

@@ -34,7 +34,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from .base import Deltas, Generic, Key, NewEvent, States, Tables, event_parameters
+from .base import Generic
+from .reads import Tables
+from .rows import Deltas, Key, NewEvent, States, event_parameters
 from .types import Timestamp
 
 # The advisory lock's key, in the database of the tables: "adksess1" as a number.

@@ -23,7 +23,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
 from ..errors import ConfigurationError, SchemaError
-from .base import Generic, Key
+from .base import Generic
+from .rows import Key
 
 T = TypeVar("T")
 
