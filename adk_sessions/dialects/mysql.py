@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Table, func, select, text
+from sqlalchemy import Connection, Table, func, select, text
 from sqlalchemy.dialects.mysql import insert as upsert
 
 from ..errors import InvalidInputError
@@ -39,9 +39,6 @@ class MySQL(Generic):
         if lock:
             statement = statement.with_for_update()
         return conn.execute(statement, key.parameters()).scalar()
-
-    def lock(self, conn: Connection, table: Table, where: ColumnElement[bool], key: Key) -> None:
-        conn.execute(select(table.c.update_time).where(where).with_for_update(), key.parameters())
 
     def insert_if_missing(self, conn: Connection, table: Table, parameters: dict[str, Any]) -> None:
         statement = self.insert_scope(upsert(table), table)

@@ -74,7 +74,7 @@ class EngineDatabase:
     def _submit(self, work: Callable[[Connection], T]) -> T:
         engine = self._sync_engine
         if self._statements.autocommit:
-            engine = engine.execution_options(isolation_level="READ COMMITTED")
+            engine = self.engine.sync_engine.execution_options(isolation_level="READ COMMITTED")
         with engine.connect() as conn:
             return work(conn)
 

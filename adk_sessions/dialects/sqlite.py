@@ -37,8 +37,9 @@ BUSY_TIMEOUT = 10.0
 class SQLite(Generic):
     """Statements for SQLite. The transaction's BEGIN IMMEDIATE has locked everything already."""
 
-    def lock(self, conn: Connection, table: Any, where: Any, key: Key) -> None:
-        """Nothing to do."""
+    def lock(self, conn: Connection, table: Any, where: Any, key: Key) -> bool:
+        """Nothing to do: what is read next cannot be changed by anybody else."""
+        return True
 
     @staticmethod
     def begin(conn: Connection, *, write: bool) -> None:
