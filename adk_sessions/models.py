@@ -17,7 +17,7 @@ from sqlalchemy import ForeignKeyConstraint, Index, MetaData, Table, desc
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from .checks import KEY_LENGTH, TEXT_LENGTH
-from .dialects.types import Json, LongText, Timestamp, key_text
+from .dialects.types import Json, Timestamp, key_text, long_text
 
 TABLES = ("sessions", "events", "app_states", "user_states", "adk_internal_metadata")
 
@@ -119,7 +119,7 @@ def models(schema: str | None = None, table_prefix: str = "") -> Models:
         invocation_id: Mapped[str] = mapped_column(key_text(TEXT_LENGTH))
         timestamp: Mapped[datetime] = mapped_column(Timestamp)
         event_data: Mapped[Mapping[str, Any] | None] = mapped_column(Json)
-        event_exact: Mapped[str | None] = mapped_column(LongText)
+        event_exact: Mapped[str | None] = mapped_column(long_text())
 
     class StoredAppState(Base):
         __tablename__ = named("app_states")

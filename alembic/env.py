@@ -6,6 +6,7 @@ import asyncio
 import os
 from typing import Any
 
+import sqlalchemy as sa
 from alembic import context
 
 from adk_sessions import migrate
@@ -33,6 +34,20 @@ def run(**where: Any) -> None:
         context.run_migrations()
 
 
+def run_on(connection: sa.Connection) -> None:
+    """Runs on a connection, whichever way it was opened."""
+    if connection.dialect.name in ("mysql", "mariadb"):
+        # alembic names the primary key of its table; the server ignores that, and logs a warning
+        version = sa.Table(
+            migrate.VERSION_TABLE,
+            sa.MetaData(),
+            sa.Column("version_num", sa.String(32), primary_key=True),
+        )
+        version.create(connection, checkfirst=True)
+        connection.commit()
+    run(connection=connection)
+
+
 def url() -> str:
     """The database's URL as the shell gave it."""
     given = context.get_x_argument(as_dictionary=True).get("url") or os.environ.get(
@@ -46,6 +61,6 @@ def url() -> str:
 if context.is_offline_mode():
     run(url=migrate.sync_url(url()), literal_binds=True, dialect_opts={"paramstyle": "named"})
 elif (connection := context.config.attributes.get("connection")) is not None:
-    run(connection=connection)
+    run_on(connection)
 else:
-    asyncio.run(migrate.with_connection(url(), lambda connection: run(connection=connection)))
+    asyncio.run(migrate.with_connection(url(), run_on))

@@ -44,18 +44,6 @@ class Json(TypeDecorator[Any]):
         return codec.load_state(codec.dumps(value) if dialect.name == "postgresql" else value)
 
 
-class LongText(TypeDecorator[str]):
-    """Text without a length limit that a conversation could meet."""
-
-    impl = Text
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        if dialect.name in MYSQL_FAMILY:
-            return dialect.type_descriptor(mysql.LONGTEXT())
-        return dialect.type_descriptor(Text())
-
-
 class Timestamp(TypeDecorator[datetime]):
     """A naive UTC time to the microsecond."""
 
@@ -96,3 +84,8 @@ def key_text(length: int) -> String:
             mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_nopad_bin"), "mariadb"
         )
     )
+
+
+def long_text() -> Text:
+    """Text without a length limit that a conversation could meet."""
+    return Text().with_variant(mysql.LONGTEXT(), *MYSQL_FAMILY)
