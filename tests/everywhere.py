@@ -15,8 +15,9 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "postgresql": ("postgresql", {}),
     "mariadb": ("mariadb", {}),
     "generic": ("postgresql", {"backend": "generic"}),
+    "pgbouncer": ("pgbouncer", {}),
 }
-SHARED = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}
+SHARED = {"postgresql": "postgres_url", "mariadb": "mariadb_url", "pgbouncer": "pgbouncer_url"}
 
 
 class OnEveryDatabase(SessionServiceContract):
@@ -39,6 +40,8 @@ class OnEveryDatabase(SessionServiceContract):
         kind, options = BACKENDS[backend]
         shared = SHARED.get(kind)
         url = request.getfixturevalue(shared) if shared else fresh_database(kind)
+        if kind == "pgbouncer":
+            url += "?pgbouncer=true"
         return lambda: self.make(url, **options)
 
     @pytest.fixture

@@ -247,16 +247,10 @@ class PostgreSQL(JsonbColumns):
 
     @contextmanager
     def migrating(self, conn: Connection) -> Iterator[bool]:
-        # tried, never waited for: a waiting lock would deadlock with CREATE INDEX CONCURRENTLY
-        held = bool(conn.execute(select(func.pg_try_advisory_lock(_MIGRATION))).scalar())
-        conn.commit()
-        try:
-            yield held
-        finally:
-            if held and not conn.invalidated:
-                conn.rollback()
-                conn.execute(select(func.pg_advisory_unlock(_MIGRATION)))
-                conn.commit()
+        # One transaction holds the lock and does the work, so a pooler in transaction mode does
+        # not separate them, and a failed migration leaves nothing behind.
+        with conn.begin():
+            yield bool(conn.execute(select(func.pg_try_advisory_xact_lock(_MIGRATION))).scalar())
 
 
 def _merged(state: ColumnElement[Any], delta: ColumnElement[Any]) -> ColumnElement[Any]:
