@@ -15,6 +15,7 @@ beside it, which is null for almost every event.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -96,11 +97,14 @@ def dump_state(state: dict[str, Any], *, field: str = "state") -> str:
 
 def load_state(text: str | None) -> dict[str, Any]:
     """The state that `dump_state` or google-adk wrote; a missing one is empty."""
-    state = json.loads(text) if text else None
-    if state is None:
+    state = None
+    if text:
+        with contextlib.suppress(ValueError):  # the error itself would carry the text
+            state = json.loads(text) or {}
+        if not isinstance(state, dict):
+            raise DatabaseError("A stored state is not a JSON object.")
+    if not state:
         return {}
-    if not isinstance(state, dict):
-        raise DatabaseError("A stored state is not a JSON object.")
     return _unescape(state) if text and MARK in text else state
 
 
@@ -158,7 +162,7 @@ def dump_event(event: BaseModel) -> EventText:
         plain = event.model_dump(exclude_none=True, fallback=_as_string)
         try:
             tree = event.model_dump(mode="json", exclude_none=True, fallback=_as_string)
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, PydanticSerializationError):
             tree = _jsonable(plain, bytes_mode="base64", serialize_unknown=True)
         true = _restore(tree, plain)
         data, exact = dumps(_clean(true)), dumps(_escape(true))
@@ -197,9 +201,10 @@ def _restore(tree: Any, plain: Any) -> Any:
     if tree is None and isinstance(plain, float):
         return plain
     if isinstance(tree, dict) and isinstance(plain, dict) and len(tree) == len(plain):
+        # a string key is taken from the Python dump too: JSON mode replaces lone surrogates
         return {
-            key: _restore(value, was)
-            for (key, value), was in zip(tree.items(), plain.values(), strict=True)
+            was if isinstance(was, str) else key: _restore(value, plain[was])
+            for (key, value), was in zip(tree.items(), plain, strict=True)
         }
     if isinstance(tree, list) and isinstance(plain, list | tuple) and len(tree) == len(plain):
         return [_restore(value, was) for value, was in zip(tree, plain, strict=True)]

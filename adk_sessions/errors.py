@@ -39,7 +39,9 @@ class SessionStoreError(Exception):
     """The session store failed."""
 
     def __init__(self, message: str | None = None) -> None:
-        super().__init__(message if message is not None else (type(self).__doc__ or "").strip())
+        if message is None:
+            message, _, _ = (type(self).__doc__ or "").strip().partition("\n\n")
+        super().__init__(message)
 
 
 class ConfigurationError(SessionStoreError, ValueError):

@@ -12,16 +12,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sqlalchemy import Connection, column, select, table
+from sqlalchemy import Connection, column, inspect, select, table
 from sqlalchemy.exc import DBAPIError
 
 from . import url as urls
 from .dialects import Database, Generic, open_url
 from .dialects.faults import Fault, classify
-from .errors import MigrationLockError
+from .errors import MigrationLockError, SchemaError
 from .models import models
 
-HEAD = "0002"
+HEAD = "0003"
 VERSION_TABLE = "adk_sessions_version"
 
 # Seconds to wait for another process's migration.
@@ -32,6 +32,7 @@ _POLL = 0.05
 _alembic = threading.Lock()
 
 _version = table(VERSION_TABLE, column("version_num"))
+_metadata = table("adk_internal_metadata", column("key"), column("value"))
 
 
 async def upgrade(
@@ -111,7 +112,8 @@ async def _locked(
                 if await database.submit(attempt, write=True):
                     return
             except DBAPIError as error:
-                if classify(error) is not Fault.CONFLICT:
+                # without a lock, another process may have made what this one was about to make
+                if classify(error) is not Fault.CONFLICT and not await is_ready(database):
                     raise
             finally:
                 if not alembic_runs:
@@ -130,6 +132,40 @@ def _run_alembic(conn: Connection) -> None:
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     config.attributes["connection"] = conn
     command.upgrade(config, "head")
+
+
+def check_adoptable(conn: Connection) -> None:
+    """Refuses a database whose tables are not google-adk's schema version 1, before any change.
+
+    Raises:
+        SchemaError: what is there instead, and what to do.
+    """
+    found = inspect(conn)
+    if found.has_table("adk_internal_metadata"):
+        version = conn.execute(
+            select(_metadata.c.value).where(_metadata.c.key == "schema_version")
+        ).scalar()
+        if version != "1":
+            raise SchemaError(
+                f"adk_internal_metadata says schema_version {version!r}; only '1' can be adopted"
+            )
+    if found.has_table("events"):
+        columns = {column["name"] for column in found.get_columns("events")}
+        if "actions" in columns and "event_data" not in columns:
+            raise SchemaError(
+                "This database has google-adk's old layout, with pickled actions. Move it with"
+                " 'adk migrate session' first, or use another database."
+            )
+    for name, wanted in models().metadata.tables.items():
+        if found.has_table(name):
+            columns = {column["name"] for column in found.get_columns(name)}
+            # what this package adds may be missing: that is what the migration is for
+            missing = {column.name for column in wanted.columns} - {"event_exact"} - columns
+            if missing:
+                raise SchemaError(
+                    f"The table {name} belongs to another application: it has no column"
+                    f" {', '.join(sorted(missing))}. Use another database."
+                )
 
 
 def scripts() -> Path:

@@ -130,7 +130,7 @@ def resolve(db_url: str | URL) -> Target:
             f"{_INVALID}: SQLAlchemy has no dialect {url.drivername!r} ({shown})."
         ) from error
     except Exception as error:
-        raise _failure(error, shown, driver or backend) from error
+        raise failure(error, url, driver or backend) from error
     if not dialect.is_async:
         scheme = _ASYNC_SCHEMES.get(backend)
         advice = f"{scheme}://" if scheme else "a URL that names an async driver"
@@ -190,12 +190,14 @@ def create_engine(db_url: str | URL, **options: Any) -> AsyncEngine:
             )
         return create_async_engine(target.url, connect_args=args, **options)
     except Exception as error:
-        failure = _failure(error, redact(db_url), target.url.get_driver_name())
+        failed = failure(error, db_url, target.url.get_driver_name())
         cause = error if isinstance(error, (ImportError, TypeError)) else None
-    raise failure from cause
+    raise failed from cause
 
 
-def _failure(error: Exception, shown: str, driver: str) -> ConfigurationError:
+def failure(error: Exception, db_url: str | URL, driver: str = "") -> ConfigurationError:
+    """What to raise for an error of SQLAlchemy's when it makes an engine for a URL."""
+    shown = redact(db_url)
     if isinstance(error, ImportError):
         package = (error.name or driver).partition(".")[0].removesuffix("_async")
         return ConfigurationError(

@@ -36,15 +36,15 @@ def run(**where: Any) -> None:
 
 def run_on(connection: sa.Connection) -> None:
     """Runs on a connection, whichever way it was opened."""
-    if connection.dialect.name in ("mysql", "mariadb"):
-        # alembic names the primary key of its table; the server ignores that, and logs a warning
-        version = sa.Table(
-            migrate.VERSION_TABLE,
-            sa.MetaData(),
-            sa.Column("version_num", sa.String(32), primary_key=True),
-        )
-        version.create(connection, checkfirst=True)
-        connection.commit()
+    ours = connection.in_transaction()
+    if not sa.inspect(connection).has_table(migrate.VERSION_TABLE):
+        migrate.check_adoptable(connection)
+        if connection.dialect.name in ("mysql", "mariadb"):
+            # alembic names its table's primary key; the server ignores that and logs a warning
+            number = sa.Column("version_num", sa.String(32), primary_key=True)
+            sa.Table(migrate.VERSION_TABLE, sa.MetaData(), number).create(connection)
+    if not ours:
+        connection.commit()  # or alembic would think that somebody else is to commit its work
     run(connection=connection)
 
 

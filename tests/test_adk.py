@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import importlib.util
 import pickle
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
@@ -112,9 +114,11 @@ def test_exactly_one_place_is_given(tmp_path: Any) -> None:
         assert isinstance(caught.value, ConfigurationError)
 
 
-async def test_one_place_is_enough(tmp_path: Any, app_name: str) -> None:
-    url = f"sqlite:///{tmp_path / 'a.db'}"
-    engine = create_async_engine(url.replace("sqlite:", "sqlite+aiosqlite:"))
+async def test_one_place_is_enough(
+    make_engine: Callable[..., AsyncEngine], tmp_path: Any, app_name: str
+) -> None:
+    engine = make_engine("aiosqlite")
+    url = engine.url.set(drivername="sqlite").render_as_string()
     services = [
         DatabaseSessionService(url),
         DatabaseSessionService(db_url=url),
@@ -126,11 +130,10 @@ async def test_one_place_is_enough(tmp_path: Any, app_name: str) -> None:
     ]
     for service in services:
         assert isinstance(service, BaseSessionService)
-        await service.create_session(app_name=app_name, user_id="ann")
-    for service in services:
+        async with service:
+            await service.create_session(app_name=app_name, user_id="ann")
+    async with DatabaseSessionService(url) as service:
         assert len((await service.list_sessions(app_name=app_name)).sessions) == len(services)
-        await service.close()
-    await engine.dispose()
 
 
 @pytest.mark.parametrize(
@@ -524,8 +527,15 @@ async def test_services_may_start_and_work_at_once(
     database_url: str, app_name: str, request: pytest.FixtureRequest
 ) -> None:
     in_memory = request.node.callspec.params["database_url"] == "sqlite-memory"
-    services = [DatabaseSessionService(database_url) for _ in range(1 if in_memory else 4)]
+    async with AsyncExitStack() as stack:
+        services = [
+            await stack.enter_async_context(DatabaseSessionService(database_url))
+            for _ in range(1 if in_memory else 4)
+        ]
+        await work_together(services, app_name)
 
+
+async def work_together(services: list[DatabaseSessionService], app_name: str) -> None:
     async def work(n: int) -> Session:
         one = services[n % len(services)]
         first = {f"{scope}create {n}": n for scope in SCOPES}
@@ -544,8 +554,6 @@ async def test_services_may_start_and_work_at_once(
     assert await services[-1].get_app_state(app_name=app_name) == expected
     listed = (await services[0].list_sessions(app_name=app_name, user_id="ann")).sessions
     assert {one.id for one in listed} == {one.id for one in sessions[::2]}
-    for service in services:
-        await service.close()
 
 
 # An engine of the application's own
@@ -558,19 +566,31 @@ ENGINES = {
     "asyncmy": ("mariadb", "mysql+asyncmy"),
     "asyncmy-mariadb": ("mariadb", "mariadb+asyncmy"),
 }
+if importlib.util.find_spec("psycopg") is None:  # no driver of the project's: as a user may have it
+    del ENGINES["psycopg"]
 PRAGMAS = ("foreign_keys", "journal_mode", "synchronous", "busy_timeout", "defer_foreign_keys")
 
 
-def make_engine(kind: str, fresh_database: Callable[[str], str], **options: Any) -> AsyncEngine:
-    database, driver = ENGINES[kind]
-    if kind == "psycopg":
-        pytest.importorskip("psycopg")
-    url = make_url(fresh_database(database)).set(drivername=driver)
-    if kind == "aiosqlite-memory":
-        return create_async_engine(
-            url, poolclass=StaticPool, connect_args={"check_same_thread": False}
-        )
-    return create_async_engine(url, **{"pool_size": 1, "max_overflow": 0, **options})
+@pytest.fixture
+async def make_engine(
+    fresh_database: Callable[[str], str],
+) -> AsyncIterator[Callable[..., AsyncEngine]]:
+    """Makes engines on new databases; the test's end disposes them."""
+    made: list[AsyncEngine] = []
+
+    def make(kind: str, **options: Any) -> AsyncEngine:
+        database, driver = ENGINES[kind]
+        url = make_url(fresh_database(database)).set(drivername=driver)
+        if kind == "aiosqlite-memory":
+            shared = {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}}
+            made.append(create_async_engine(url, **shared))
+        else:
+            made.append(create_async_engine(url, **{"pool_size": 1, "max_overflow": 0, **options}))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        await engine.dispose()
 
 
 @pytest.fixture(params=ENGINES)
@@ -579,13 +599,9 @@ def engine_kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-async def engine(
-    engine_kind: str, fresh_database: Callable[[str], str]
-) -> AsyncIterator[AsyncEngine]:
+def engine(engine_kind: str, make_engine: Callable[..., AsyncEngine]) -> AsyncEngine:
     """An engine with one connection, so that whatever is left on it can be seen."""
-    engine = make_engine(engine_kind, fresh_database)
-    yield engine
-    await engine.dispose()
+    return make_engine(engine_kind)
 
 
 def listeners(engine: AsyncEngine) -> dict[tuple[str, str], list[Any]]:
@@ -695,11 +711,11 @@ async def test_the_applications_transactions_stay_transactions(
     assert await reload(service, session) == session
 
 
-@pytest.mark.parametrize("engine_kind", ["asyncpg", "asyncmy", "asyncmy-mariadb", "psycopg"])
+@pytest.mark.parametrize("engine_kind", [kind for kind in ENGINES if "sqlite" not in kind])
 async def test_an_open_transaction_of_the_application_is_no_matter(
-    engine_kind: str, fresh_database: Callable[[str], str], app_name: str
+    engine_kind: str, make_engine: Callable[..., AsyncEngine], app_name: str
 ) -> None:
-    engine = make_engine(engine_kind, fresh_database, pool_size=2)
+    engine = make_engine(engine_kind, pool_size=2)
     async with engine.begin() as conn:
         await conn.execute(text("CREATE TABLE notes (id INTEGER PRIMARY KEY)"))
     service = DatabaseSessionService(db_engine=engine)
@@ -711,7 +727,6 @@ async def test_an_open_transaction_of_the_application_is_no_matter(
     assert await reload(service, session) == session
     async with engine.connect() as conn:
         assert (await conn.execute(text("SELECT count(*) FROM notes"))).scalar_one() == 0
-    await engine.dispose()
 
 
 LEVELS = {
@@ -724,12 +739,13 @@ LEVELS = {
 
 
 @pytest.mark.parametrize(
-    ("engine_kind", "level"), [(kind, level) for kind in LEVELS for level in LEVELS[kind]]
+    ("engine_kind", "level"),
+    [(kind, level) for kind in LEVELS for level in LEVELS[kind] if kind in ENGINES],
 )
 async def test_services_on_one_engine_keep_every_key(
-    engine_kind: str, level: str, fresh_database: Callable[[str], str], app_name: str
+    engine_kind: str, level: str, make_engine: Callable[..., AsyncEngine], app_name: str
 ) -> None:
-    engine = make_engine(engine_kind, fresh_database, pool_size=4, isolation_level=level)
+    engine = make_engine(engine_kind, pool_size=4, isolation_level=level)
     services = [DatabaseSessionService(db_engine=engine) for _ in range(2)]
 
     async def work(n: int) -> None:
@@ -743,23 +759,21 @@ async def test_services_on_one_engine_keep_every_key(
     expected = {f"{what} {n}": n for n in range(12) for what in ("create", "append")}
     assert await services[0].get_user_state(app_name=app_name, user_id="ann") == expected
     assert await services[1].get_app_state(app_name=app_name) == expected
-    await engine.dispose()
 
 
 class TestOnAPassedEngine(_OnURLs):
-    """The contract kit on engines that are not reached by a URL."""
+    """The contract kit where a file is not reached by a URL but by an engine."""
 
-    @pytest.fixture(params=["aiosqlite", "aiosqlite-memory"])
-    def backend(self, request: pytest.FixtureRequest) -> str:
-        return str(request.param)
+    @pytest.fixture
+    def backend(self) -> str:
+        return "aiosqlite"
 
     @pytest.fixture
     def new_service(
-        self, backend: str, fresh_database: Callable[[str], str]
-    ) -> Iterator[Callable[[], Any]]:
-        engine = make_engine(backend, fresh_database, pool_size=4)
-        yield lambda: DatabaseSessionService(db_engine=engine)
-        asyncio.run(engine.dispose())
+        self, backend: str, make_engine: Callable[..., AsyncEngine]
+    ) -> Callable[[], Any]:
+        engine = make_engine(backend, pool_size=4)
+        return lambda: DatabaseSessionService(db_engine=engine)
 
 
 del _OnURLs  # or its tests would run once more

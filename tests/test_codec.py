@@ -388,10 +388,11 @@ def test_google_adks_events_hold_anything_too(delta: dict[str, Any]) -> None:
 @pytest.mark.parametrize("delta", [{"a": {"\ud800": 1}}, {"a": [{"\ud800": {"\udfff": None}}]}])
 def test_google_adks_events_keep_odd_nested_keys(delta: dict[str, Any]) -> None:
     adk = pytest.importorskip("google.adk.events")
-    one = adk.Event(author="a", actions=adk.EventActions(state_delta=delta), custom_metadata=delta)
-    loaded = load_event(adk.Event, *dump_event(one))
-    assert loaded.actions.state_delta == delta
-    assert loaded.custom_metadata == delta
+    loud = adk.Event(author="a", custom_metadata=delta)
+    assert load_event(adk.Event, *dump_event(loud)).custom_metadata == delta
+    # here google-adk's serializer catches the error, and fails again in another way
+    one = adk.Event(author="a", actions=adk.EventActions(state_delta=delta))
+    assert load_event(adk.Event, *dump_event(one)).actions.state_delta == delta
 
 
 def test_odd_keys_of_a_typed_dict_are_kept() -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everywhere import BACKENDS, SHARED
-from workers import Crew, Record, faults, load, read_all, seen
+from workers import BACKENDS, SHARED, Crew, Record, faults, load, read_all, seen
 
 from adk_sessions import SessionService
 

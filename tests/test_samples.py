@@ -88,15 +88,15 @@ def test_quickstart_goes_on_in_a_new_process(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/quickstart.db"
 
     first = output(sys.executable, main, folder=tmp_path, DATABASE_URL=url)
-    assert "a new one begins" in first
+    assert "finds no session and begins one." in first
     assert "agent: Nice to meet you, Ada." in first
 
     second = output(sys.executable, main, folder=tmp_path, DATABASE_URL=url)
-    assert "Found the session of an earlier process, with 6 events." in second
+    assert "finds the session of an earlier one: 6 events." in second
     assert "My name is" not in second
     assert "agent: Welcome back, Ada!" in second
     assert "this is your message 4" in second
-    assert "Stored now: 10 events" in second
+    assert "stored: 10 events" in second
     for line in ("app:latest_topic = 'sailing'", "user:name = 'Ada'", " topic = 'sailing'"):
         assert line in second
 
@@ -169,11 +169,11 @@ def test_adk_run_stores_in_postgres(
         assert (done.returncode, done.stderr) == (0, "Session ID: one\n")
         assert f"[travel_desk]: {answer}" in done.stdout
 
+    assert "adk_sessions_version" in columns(url)  # google-adk's own service has no such table
     session = stored(url, "postgres", "test_user", "one")
     assert session is not None
     assert len(session.events) == 6
     assert session.state == {"city": "Lisbon", "user:name": "Grace", "app:latest_city": "Lisbon"}
-    assert "adk_sessions_version" in columns(url)  # google-adk's own service has no such table
 
 
 def test_adk_run_holds_a_dialogue(tmp_path: Path, fresh_database: Callable[[str], str]) -> None:
@@ -205,7 +205,7 @@ def columns(url: str) -> dict[str, dict[str, str]]:
         await engine.dispose()
         dialect = postgresql.dialect()
         return {
-            table: {column["name"]: column["type"].compile(dialect) for column in found}
+            table: {column["name"]: column["type"].compile(dialect).split()[0] for column in found}
             for (_, table), found in listed
         }
 

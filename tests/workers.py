@@ -39,6 +39,17 @@ PATIENCE = 60.0  # seconds that a process may take for one job
 
 Clock = Callable[[], float]
 
+# The kind of database, and the service's options.
+BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sqlite": ("sqlite", {}),
+    "sqlite-memory": ("sqlite-memory", {}),
+    "postgresql": ("postgresql", {}),
+    "mariadb": ("mariadb", {}),
+    "generic": ("postgresql", {"backend": "generic"}),
+}
+# The fixtures of databases that a test need not have for itself.
+SHARED = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}
+
 
 # --- the record, and the judge -----------------------------------------------------------------
 
@@ -313,9 +324,7 @@ class Worker:
                 app_name=app, user_id=user, session_id=id, state=dict.fromkeys(counters, 0)
             )
             for n in range(1, most + 1):
-                await self.service.append_event(
-                    session, event(f"e{n}", dict.fromkeys(counters, n))
-                )
+                await self.service.append_event(session, event(f"e{n}", dict.fromkeys(counters, n)))
             appended += most
             await self.service.delete_session(app, user, id)
         return appended
@@ -327,9 +336,7 @@ class Worker:
         last: Any = None
         try:
             while reads:
-                session = await self.service.get_session(
-                    app_name=app, user_id=user, session_id=id
-                )
+                session = await self.service.get_session(app_name=app, user_id=user, session_id=id)
                 if session is None:
                     continue
                 reads -= 1

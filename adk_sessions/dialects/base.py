@@ -137,6 +137,12 @@ class Generic(Reads):
     def check_size(self, conn: Connection, *texts: str) -> None:
         """Refuses what the server would not take in one packet; most have no such limit."""
 
+    def commits_each_statement(self, conn: Connection) -> bool:
+        """Whether the application's engine is in autocommit, where a row lock would not last."""
+        configured = conn.get_execution_options().get("isolation_level")
+        at_connect = getattr(conn.dialect, "_on_connect_isolation_level", None)
+        return (configured or at_connect) == "AUTOCOMMIT"
+
     @contextmanager
     def migrating(self, conn: Connection) -> Iterator[bool]:
         """Holds the lock for changing the schema, if it can be had at once; alembic commits.
@@ -200,7 +206,8 @@ class Generic(Reads):
         stored = self.scope_row(conn, table, key, lock=lock)
         if stored is None:
             self.insert_if_missing(conn, table, {**parameters, "v_state": "{}"})
-            stored = self.scope_row(conn, table, key, lock=lock)
+            # locked even to be read: a snapshot may be older than the row somebody else has made
+            stored = self.scope_row(conn, table, key, lock=True)
         if delta is None:
             return stored or "{}"
         merged = codec.merge_state(stored, delta)

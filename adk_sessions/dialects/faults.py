@@ -46,16 +46,23 @@ _LOST: set[str | int] = {
     # Galera's replication stalled
     *(2006, 2013, 2055, 1927, 1053, 1180),
 }
+_TAKEN: set[str | int] = {
+    *("23505", 1062, 1586),
+    *(sqlite3.SQLITE_CONSTRAINT_PRIMARYKEY, sqlite3.SQLITE_CONSTRAINT_UNIQUE),
+}
 _SQLITE_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
+_POOLER = "a pooler in transaction mode is in between: add ?pgbouncer=true to the URL"
 _HINTS: dict[str | int, str] = {
+    "42P05": _POOLER,
+    "26000": _POOLER,
     "28P01": "the password is wrong",
     "28000": "this role may not connect",
     "3D000": "the database does not exist: create it first",
     "42P01": "a table is missing: migrate the database",
     "42501": "this role lacks a privilege on a table",
     1044: "this user may not use the database",
-    1045: "the user or the password is wrong",
+    **dict.fromkeys((1045, 1698), "the user or the password is wrong"),
     1049: "the database does not exist: create it first",
     1146: "a table is missing: migrate the database",
     sqlite3.SQLITE_BUSY: "another process held the file locked for too long",
@@ -68,13 +75,14 @@ _HINTS: dict[str | int, str] = {
 
 def classify(error: BaseException) -> Fault:
     """What an error of a driver or of SQLAlchemy means for the call that met it."""
-    if isinstance(error, IntegrityError):
-        return Fault.TAKEN
     if isinstance(error, PoolTimeoutError):
         return Fault.FATAL  # has waited for pool_timeout already
     if not isinstance(error, DBAPIError):
         return Fault.LOST if isinstance(error, OSError | TimeoutError) else Fault.FATAL
     code = code_of(error)
+    if isinstance(error, IntegrityError):
+        # a database that is not known here gives no code; a key is the likeliest reason
+        return Fault.TAKEN if code is None or code in _TAKEN else Fault.FATAL
     if _is_sqlite(error):
         return Fault.CONFLICT if code in _SQLITE_BUSY else Fault.FATAL
     if code in _CONFLICT:
@@ -125,7 +133,9 @@ def translate(error: Exception, *, unknown: bool) -> DatabaseError | Configurati
             kind = OutcomeUnknownError
             hint = "the call may or may not be stored; repeat it with the same id"
     message += f": {hint}." if hint else "."
-    return kind(message, retryable=fault is not Fault.FATAL, code=code, driver_error=name)
+    return kind(
+        message, retryable=fault not in (Fault.FATAL, Fault.TAKEN), code=code, driver_error=name
+    )
 
 
 def is_database_error(error: BaseException) -> bool:
@@ -137,13 +147,16 @@ def code_of(error: BaseException) -> str | int | None:
     """The SQLSTATE, or the number of the error in MySQL, MariaDB and SQLite."""
     original = getattr(error, "orig", None) or error
     if isinstance(original, sqlite3.Error):
-        number = getattr(original, "sqlite_errorcode", None)
-        return None if number is None else number & 0xFF  # without the extended part
+        number: int | None = getattr(original, "sqlite_errorcode", None)
+        if number is None or isinstance(original, sqlite3.IntegrityError):
+            return number  # only the extended code tells which constraint
+        return number & 0xFF
+    # MySQL's number first: many of its errors share the state HY000
+    first = original.args[0] if getattr(original, "args", None) else None
+    if isinstance(first, int) and not isinstance(original, OSError):
+        return first
     state = getattr(original, "sqlstate", None) or getattr(original, "pgcode", None)
-    if isinstance(state, str):
-        return state
-    number = original.args[0] if getattr(original, "args", None) else None
-    return number if isinstance(number, int) and not isinstance(original, OSError) else None
+    return state if isinstance(state, str) else None
 
 
 def _driver_error(error: BaseException) -> BaseException:

@@ -63,6 +63,10 @@ class MySQL(Generic):
                 field="event",
             )
 
+    def commits_each_statement(self, conn: Connection) -> bool:
+        # the driver knows, however it was switched on
+        return bool(conn.connection.driver_connection.get_autocommit())  # type: ignore[union-attr]
+
     @contextmanager
     def migrating(self, conn: Connection) -> Iterator[bool]:
         # such locks are the server's: the name says which database

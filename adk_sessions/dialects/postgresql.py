@@ -54,6 +54,13 @@ class JsonbColumns(Generic):
     def as_json(self, name: str) -> ColumnElement[Any]:
         return cast(bindparam(name, type_=Text()), JSONB())
 
+    @contextmanager
+    def migrating(self, conn: Connection) -> Iterator[bool]:
+        # One transaction holds the lock and does the work, so a pooler in transaction mode does
+        # not separate them, and a failed migration leaves nothing behind.
+        with conn.begin():
+            yield bool(conn.execute(select(func.pg_try_advisory_xact_lock(_MIGRATION))).scalar())
+
 
 class PostgreSQL(JsonbColumns):
     """Statements for PostgreSQL 13 and later, with asyncpg or psycopg."""
@@ -244,13 +251,6 @@ class PostgreSQL(JsonbColumns):
 
     def delete(self, conn: Connection, key: Key) -> None:
         conn.execute(self._delete, key.parameters())
-
-    @contextmanager
-    def migrating(self, conn: Connection) -> Iterator[bool]:
-        # One transaction holds the lock and does the work, so a pooler in transaction mode does
-        # not separate them, and a failed migration leaves nothing behind.
-        with conn.begin():
-            yield bool(conn.execute(select(func.pg_try_advisory_xact_lock(_MIGRATION))).scalar())
 
 
 def _merged(state: ColumnElement[Any], delta: ColumnElement[Any]) -> ColumnElement[Any]:

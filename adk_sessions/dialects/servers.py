@@ -58,6 +58,8 @@ class EngineDatabase:
                 if self._explicit:
                     return SQLite.transact(conn, work, write=write)
                 if write and not self._statements.autocommit:
+                    if self._statements.commits_each_statement(conn):
+                        conn.execution_options(isolation_level="READ COMMITTED")
                     with conn.begin():
                         return work(conn)
                 return work(conn)

@@ -18,10 +18,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import (
+    URL,
+    ColumnElement,
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    literal_column,
+    or_,
+)
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import StaticPool
 
+from .. import url as urls
 from ..errors import ConfigurationError, SchemaError
 from .base import Generic
 from .rows import Key
@@ -41,6 +51,11 @@ class SQLite(Generic):
         """Nothing to do: what is read next cannot be changed by anybody else."""
         return True
 
+    def _since(self) -> list[ColumnElement[bool]]:
+        # a raw number in the column sorts before any text, and its event decides by its own time
+        number = self.tables.events.c.timestamp < literal_column("''")
+        return [or_(*super()._since(), number)]
+
     @staticmethod
     def begin(conn: Connection, *, write: bool) -> None:
         """Starts a transaction on an AUTOCOMMIT connection: a writer's takes the lock now.
@@ -48,6 +63,8 @@ class SQLite(Generic):
         A deferred transaction that reads and then writes fails as busy at once, or with the
         driver's defaults loses updates.
         """
+        if not conn.in_transaction():
+            conn.begin()
         if _in_transaction(conn):
             conn.exec_driver_sql("ROLLBACK")  # a hook of the application's own has begun one
         conn.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
@@ -103,8 +120,8 @@ _of_the_parent: list[_Lane] = []
 class _Lane:
     """One connection and the thread that alone uses it."""
 
-    def __init__(self, make_engine: Callable[[], Engine]) -> None:
-        self._make_engine = make_engine
+    def __init__(self, connect: Callable[[], Connection]) -> None:
+        self._connect = connect
         self._connection: Connection | None = None
         self._thread: ThreadPoolExecutor | None = None
 
@@ -115,7 +132,7 @@ class _Lane:
 
     def _work(self, work: Callable[[Connection], T]) -> T:
         if self._connection is None:
-            self._connection = self._make_engine().connect()
+            self._connection = self._connect()
         return work(self._connection)
 
     async def close(self) -> None:
@@ -139,6 +156,9 @@ class SQLiteDatabase:
         connect_args: for ``sqlite3.connect``; ``timeout`` is the busy timeout in seconds.
         synchronous: FULL keeps every commit over a power loss, NORMAL over a crash of the process.
         options: further options of ``create_engine``.
+
+    Raises:
+        ConfigurationError: an option is unknown.
     """
 
     def __init__(
@@ -155,6 +175,13 @@ class SQLiteDatabase:
         self._synchronous = synchronous
         self._options = options
         self._engine: AsyncEngine | None = None
+        failure: ConfigurationError | None = None
+        try:
+            self._make_engine()  # nothing is opened yet, but a wrong option shows
+        except Exception as error:
+            failure = urls.failure(error, url)
+        if failure is not None:
+            raise failure
         self._open()
 
     @property
@@ -212,13 +239,16 @@ class SQLiteDatabase:
 
     def _open(self) -> None:
         self._process = os.getpid()
-        self._writer = _Lane(self._make_engine)
-        self._reader = self._writer if self.in_memory else _Lane(self._make_engine)
+        self._writer = _Lane(self._connect)
+        self._reader = self._writer if self.in_memory else _Lane(self._connect)
 
-    def _make_engine(self) -> Engine:
+    def _connect(self) -> Connection:
         database = self._url.database or ""
         if not self.in_memory and not database.startswith("file:"):
             Path(database).parent.mkdir(parents=True, exist_ok=True)
+        return self._make_engine().connect()
+
+    def _make_engine(self) -> Engine:
         engine = create_engine(
             self._url,
             **{

@@ -6,8 +6,6 @@ import sqlalchemy as sa
 from alembic import context, op
 from sqlalchemy.dialects import mysql, postgresql
 
-from adk_sessions.errors import SchemaError
-
 revision = "0001"
 down_revision = None
 branch_labels = ("adk_sessions",)
@@ -93,36 +91,19 @@ def upgrade() -> None:
             sa.Column("key", key(128), primary_key=True),
             sa.Column("value", key(256), nullable=False),
         )
-        metadata = sa.table("adk_internal_metadata", sa.column("key"), sa.column("value"))
+        text = sa.String()
+        metadata = sa.table(
+            "adk_internal_metadata", sa.column("key", text), sa.column("value", text)
+        )
         op.execute(metadata.insert().values(key="schema_version", value="1"))
 
 
 def existing() -> set[str]:
-    """google-adk's tables that are there already, if they are ones that can be adopted."""
+    """google-adk's tables that are there already."""
     if context.is_offline_mode():
         return set()
-    bind = op.get_bind()
-    inspector = sa.inspect(bind)
-    present = {table for table in TABLES if inspector.has_table(table)}
-    if "adk_internal_metadata" in present:
-        metadata = sa.table("adk_internal_metadata", sa.column("key"), sa.column("value"))
-        version = bind.execute(
-            sa.select(metadata.c.value).where(metadata.c.key == "schema_version")
-        ).scalar()
-        if version != "1":
-            raise SchemaError(
-                f"adk_internal_metadata says schema_version {version!r}; only '1' can be adopted"
-            )
-    if "events" in present:
-        columns = {column["name"] for column in inspector.get_columns("events")}
-        if "event_data" not in columns:
-            raise SchemaError(
-                "This database has google-adk's old layout, with pickled actions. Move it with"
-                " 'adk migrate session' first, or use another database."
-                if "actions" in columns
-                else "The table events belongs to another application: it has no event_data."
-            )
-    return present
+    inspector = sa.inspect(op.get_bind())
+    return {table for table in TABLES if inspector.has_table(table)}
 
 
 def downgrade() -> None:

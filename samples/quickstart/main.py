@@ -28,11 +28,12 @@ async def main() -> None:
     async with DatabaseSessionService(DATABASE_URL) as sessions:
         session = await sessions.get_session(**SESSION)
         if session is None:
-            print("No session yet, so a new one begins.")
+            print(f"Process {os.getpid()} finds no session and begins one.")
             session = await sessions.create_session(**SESSION)
             messages = FIRST_RUN
         else:
-            print(f"Found the session of an earlier process, with {len(session.events)} events.")
+            found = len(session.events)
+            print(f"Process {os.getpid()} finds the session of an earlier one: {found} events.")
             messages = LATER_RUN
 
         runner = Runner(app_name=SESSION["app_name"], agent=root_agent, session_service=sessions)
@@ -40,9 +41,9 @@ async def main() -> None:
             await say(runner, message)
 
         session = await sessions.get_session(**SESSION)
-        print(f"Stored now: {len(session.events)} events, and state at three scopes:")
+        print(f"  stored: {len(session.events)} events, and state of app, session and user:")
         for key, value in sorted(session.state.items()):
-            print(f"  {key} = {value!r}")
+            print(f"          {key} = {value!r}")
 
 
 async def say(runner: Runner, text: str) -> None:

@@ -1,0 +1,135 @@
+"""A TCP proxy that loses a chosen request or its reply: the network's worst, at a known moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+Lose = Literal["request", "reply"]
+
+
+@dataclass
+class _Cut:
+    marker: bytes
+    lose: Lose
+    meanwhile: Callable[[], Awaitable[object]] | None
+
+
+class Proxy:
+    """Forwards connections to ``host:port`` from its own ``port`` on 127.0.0.1.
+
+    Attributes:
+        fired: how many connections were cut as planned; a test must look at it.
+    """
+
+    def __init__(self, host: str, port: int) -> None:
+        self.fired = 0
+        self._target = (host, port)
+        self._cut: _Cut | None = None
+        self._lines: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        self.port: int = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._server.close()
+        for line in self._lines:
+            line.cancel()
+        await asyncio.gather(*self._lines, return_exceptions=True)
+        if exc_value is None and self._failure is not None:
+            raise self._failure
+
+    def cut(
+        self,
+        marker: str,
+        *,
+        lose: Lose,
+        meanwhile: Callable[[], Awaitable[object]] | None = None,
+    ) -> None:
+        """Cut the first connection on which a client sends ``marker``, once.
+
+        Args:
+            marker: part of a statement or of its parameters.
+            lose: the request, which the server then never sees, or the server's reply to it.
+            meanwhile: awaited at that moment, before the client can notice.
+        """
+        self._cut = _Cut(marker.encode(), lose, meanwhile)
+
+    async def _accept(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
+        line = asyncio.current_task()
+        assert line is not None
+        self._lines.add(line)
+        writers = [back]
+        pumps: list[asyncio.Task[None]] = []
+        # A handler that ends as cancelled is an error to asyncio's streams
+        with suppress(OSError, asyncio.CancelledError):
+            try:
+                server, forth = await asyncio.open_connection(*self._target)
+                writers.append(forth)
+                replied: asyncio.Queue[_Cut] = asyncio.Queue()
+                pumps += [
+                    asyncio.create_task(self._forth(client, forth, replied)),
+                    asyncio.create_task(self._back(server, back, replied)),
+                ]
+                await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for writer in writers:
+                    writer.transport.abort()
+                for pump in pumps:
+                    pump.cancel()
+                await asyncio.gather(*pumps, return_exceptions=True)
+        self._lines.discard(line)
+
+    async def _forth(
+        self,
+        client: asyncio.StreamReader,
+        server: asyncio.StreamWriter,
+        replied: asyncio.Queue[_Cut],
+    ) -> None:
+        """Requests, until one must be lost."""
+        tail = b""
+        while data := await client.read(65_536):
+            cut = self._cut
+            if cut is not None:
+                found = cut.marker in tail + data
+                tail = (tail + data)[1 - len(cut.marker) :]
+                if found:
+                    self._cut = None
+                    if cut.lose == "request":
+                        return await self._fire(cut)
+                    replied.put_nowait(cut)
+            server.write(data)
+            await server.drain()
+
+    async def _back(
+        self,
+        server: asyncio.StreamReader,
+        client: asyncio.StreamWriter,
+        replied: asyncio.Queue[_Cut],
+    ) -> None:
+        """Replies, until one must be lost."""
+        while data := await server.read(65_536):
+            if not replied.empty():
+                return await self._fire(replied.get_nowait())
+            client.write(data)
+            await client.drain()
+
+    async def _fire(self, cut: _Cut) -> None:
+        self.fired += 1
+        if cut.meanwhile is not None:
+            try:
+                await cut.meanwhile()
+            except BaseException as error:
+                self._failure = error
