@@ -58,6 +58,22 @@ def check_timestamp(value: object, field: str) -> None:
         )
 
 
+def check_filters(num_recent_events: object, after_timestamp: object) -> None:
+    """Refuses a reader's filter that is not a number that can be counted or compared with."""
+    if num_recent_events is not None and (
+        not isinstance(num_recent_events, int) or not 0 <= num_recent_events < 2**31
+    ):
+        raise InvalidInputError(
+            "num_recent_events must be a whole number, not negative", field="num_recent_events"
+        )
+    if after_timestamp is not None and (
+        not isinstance(after_timestamp, int | float) or after_timestamp != after_timestamp
+    ):
+        raise InvalidInputError(
+            "after_timestamp must be seconds since the epoch", field="after_timestamp"
+        )
+
+
 def check_event(event: Any) -> None:
     """Refuses an event whose own fields cannot be stored."""
     check_key(event.id, "event.id")

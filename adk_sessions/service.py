@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from . import checks, clock, codec, errors
 from . import state as states
 from .binding import Binding, ConfigLike, E, S, encode_deltas, encode_event
-from .dialects import Backend, open_engine, open_url
+from .dialects import Backend, Synchronous, open_engine, open_url
 from .dialects.faults import Fault, classify, translate
 from .dialects.rows import Deltas, Key, NewEvent, Snapshot, States
 from .models import models
@@ -51,8 +51,8 @@ class Store(Binding[S, E]):
             that only speak another one's dialect.
         sqlite_synchronous: for an SQLite file given by URL. ``FULL`` keeps every acknowledged
             append over a power loss, ``NORMAL`` over a crash of the process, and is faster.
-        retry_window: seconds in which a call is repeated after a conflict or a lost connection;
-            0 never repeats.
+        retry_window: seconds in which each statement of a call is repeated after a conflict or a
+            lost connection; 0 never repeats.
         options: of ``sqlalchemy.ext.asyncio.create_async_engine``, such as ``pool_size``,
             ``max_overflow``, ``pool_timeout``, ``pool_recycle``, ``connect_args``. Those that shape
             a pool mean nothing to SQLite, where a file has one connection to read and one to write.
@@ -67,7 +67,7 @@ class Store(Binding[S, E]):
         *,
         engine: AsyncEngine | None = None,
         backend: Backend = "auto",
-        sqlite_synchronous: Any = "FULL",
+        sqlite_synchronous: Synchronous = "FULL",
         retry_window: float = WINDOW,
         **options: Any,
     ) -> None:
@@ -132,12 +132,14 @@ class Store(Binding[S, E]):
         Raises:
             DatabaseError: it does not.
         """
+        # not asyncio.timeout: a driver may take its time over being cancelled
+        answer = asyncio.create_task(self._run(self._statements.ping, write=False))
         try:
-            async with asyncio.timeout(timeout):
-                await self._run(self._statements.ping, write=False)
-                return
-        except TimeoutError:
-            pass
+            await asyncio.wait({answer}, timeout=timeout)
+        finally:
+            answer.cancel()
+        if answer.done():
+            return answer.result()
         raise errors.DatabaseError(
             f"The database did not answer in {timeout:g} seconds.", retryable=True
         )
@@ -240,15 +242,8 @@ class Store(Binding[S, E]):
         if config is not None:
             num_recent_events = config.num_recent_events
             after_timestamp = config.after_timestamp
-        if num_recent_events is not None and num_recent_events < 0:
-            raise errors.InvalidInputError(
-                "num_recent_events must not be negative", field="num_recent_events"
-            )
+        checks.check_filters(num_recent_events, after_timestamp)
         after = after_timestamp or None
-        if after is not None and after != after:
-            raise errors.InvalidInputError(
-                "after_timestamp is not a number", field="after_timestamp"
-            )
         key = Key(app_name, user_id, session_id)
         if not checks.are_keys(*key):
             return None
@@ -279,14 +274,18 @@ class Store(Binding[S, E]):
             return self.list_type(sessions=[])
         await self.prepare_tables()
         found = await self._run(
-            lambda conn: self._statements.list(conn, app_name, user_id), write=False
+            lambda conn: self._statements.listing(conn, app_name, user_id), write=False
         )
         app = codec.load_state(found.app_state)
         users = {user: codec.load_state(text) for user, text in found.user_states.items()}
         sessions = [
             self._bare_session(
                 Key(app_name, row.user_id, row.id),
-                states.Scopes(app, users.get(row.user_id, {}), codec.load_state(row.state)),
+                states.Scopes(
+                    states.copied(app),
+                    states.copied(users.get(row.user_id, {})),
+                    codec.load_state(row.state),
+                ),
                 row.update_time,
             )
             for row in sorted(found.sessions, key=lambda row: (row.update_time, row[:2]))
@@ -348,7 +347,7 @@ class Store(Binding[S, E]):
 
         Appends of one service to one session take turns. The event's id makes a repetition
         harmless: the same event again changes nothing in storage, and brings into ``session`` what
-        it has missed.
+        it has missed. That also tells what became of an append that was cancelled.
 
         Args:
             session: the session as it was created, read or listed; it is changed in place.

@@ -7,6 +7,7 @@ session. Storage holds the keys of a scope without its prefix, callers see them 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -42,6 +43,14 @@ def merge(scopes: Scopes) -> dict[str, Any]:
     merged.update((APP_PREFIX + key, value) for key, value in scopes.app.items())
     merged.update((USER_PREFIX + key, value) for key, value in scopes.user.items())
     return merged
+
+
+def copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose nested dicts and lists are its own."""
+    return {
+        key: copy.deepcopy(value) if isinstance(value, dict | list) else value
+        for key, value in state.items()
+    }
 
 
 def only_temp(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -698,3 +698,57 @@ async def test_adoption_mends_what_stock_makes_on_mariadb(
         assert again.events == session.events
         await stock.append_event(again, said("stock goes on"))
         await stock.append_event(again, said("and on"))
+
+
+async def test_a_foreign_key_of_the_applications_own_is_not_broken(narrow_url: str) -> None:
+    async with Stock(narrow_url) as stock:
+        await stock.create_session(app_name="a", user_id="u", session_id="s")
+    engine = create_async_engine(narrow_url)
+    async with engine.begin() as conn:
+        columns = "app_name VARCHAR(128), user_id VARCHAR(128), session_id VARCHAR(128)"
+        key = "(app_name, user_id, session_id) REFERENCES sessions (app_name, user_id, id)"
+        await conn.execute(text(f"CREATE TABLE notes ({columns}, FOREIGN KEY {key})"))
+    await engine.dispose()
+    before = await foreign_keys(narrow_url), await column_types(narrow_url)
+    async with Ours(narrow_url) as ours:
+        with pytest.raises(SchemaError, match="notes has a foreign key to sessions"):
+            await ours.prepare_tables()
+    assert before[0] == await foreign_keys(narrow_url)
+    assert before[1] <= await column_types(narrow_url)
+
+
+@pytest.mark.parametrize("statement", range(1, 8))
+async def test_a_first_start_that_was_broken_off_is_finished(
+    place: Place, app_name: str, statement: int
+) -> None:
+    # where DDL is not transactional, what a killed process had made stays
+    from sqlalchemy import event
+
+    from adk_sessions import migrate
+    from adk_sessions.dialects import open_engine
+    from adk_sessions.models import models
+
+    database, statements = open_engine(place.engine, models())
+    seen = []
+
+    def stop(conn: Any, cursor: Any, sql: str, *_: Any) -> None:
+        if sql.lstrip().startswith(("CREATE", "ALTER", "INSERT")):
+            seen.append(sql)
+            if len(seen) == statement:
+                raise KeyError("killed")
+
+    event.listen(place.engine.sync_engine, "before_cursor_execute", stop)
+    with pytest.raises(KeyError):
+        await migrate.upgrade(database, statements)
+    event.remove(place.engine.sync_engine, "before_cursor_execute", stop)
+
+    ours = await place.open("ours")
+    session = await ours.create_session(app_name=app_name, user_id="u")
+    await ours.append_event(session, said())
+    stock = await place.open("stock")
+    assert await reload(stock, session) == session
+    tables = await place.tables()
+    assert tables["adk_internal_metadata"][1] == [("schema_version", "1")]
+    async with place.engine.connect() as conn:
+        indexes = await conn.run_sync(lambda conn: inspect(conn).get_indexes("events"))
+    assert [index["name"] for index in indexes] == ["idx_events_app_user_session_ts_id"]

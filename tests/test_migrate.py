@@ -583,3 +583,28 @@ def test_the_folder_alembic_is_no_package() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+async def test_readers_do_not_wait_behind_a_migration_that_waits(
+    fresh_database: NewDatabase,
+) -> None:
+    url = fresh_database("postgresql")
+    async with SessionService(url) as service:
+        session = await service.create_session(app_name="a", user_id="u")
+        await service.append_event(session, Event(content="x"))
+    await run(url, "ALTER TABLE events DROP COLUMN event_exact", "DROP TABLE adk_sessions_version")
+    async with engine_for(url) as engine, SessionService(url) as service:
+        async with engine.connect() as reader:
+            await reader.execute(text("SELECT * FROM events"))
+            upgrade = asyncio.create_task(service.prepare_tables())
+            async with engine.connect() as watcher:
+                waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+                while not (await watcher.execute(waiting)).scalar_one():
+                    assert not upgrade.done()
+                    await asyncio.sleep(0.01)
+                async with asyncio.timeout(15):  # without an end, if the migration does not yield
+                    await watcher.execute(text("SELECT * FROM events"))
+            assert not upgrade.done()
+        await upgrade
+        again = await service.get_session(app_name="a", user_id="u", session_id=session.id)
+        assert again == session

@@ -732,3 +732,94 @@ async def test_columns_complete_a_payload_that_lacks_them(tmp_path: Path) -> Non
         [one] = found.events
         assert (one.id, one.invocation_id, one.content) == ("e", "i", 1)
         assert one.timestamp == 1_767_323_045.25
+
+
+# What only shows under load, or at a limit
+
+
+async def test_a_probe_of_a_locked_file_ends_in_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    async with SessionService(f"sqlite:///{path}") as service:
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            other.execute("CREATE TABLE t (i)")
+            start = asyncio.get_running_loop().time()
+            with pytest.raises(DatabaseError, match="did not answer"):
+                await service.ping(timeout=0.3)
+            assert asyncio.get_running_loop().time() - start < 5  # the busy timeout is 10
+            other.execute("ROLLBACK")
+        await service.ping()
+
+
+@every_kind
+async def test_listed_sessions_share_nothing(database_url: str, app_name: str) -> None:
+    async with SessionService(database_url) as service:
+        for _ in range(2):
+            await service.create_session(
+                app_name=app_name, user_id="u", state={"app:a": {"n": 1}, "user:b": [1]}
+            )
+        one, other = (await service.list_sessions(app_name=app_name)).sessions
+        one.state["app:a"]["n"] = 2
+        one.state["user:b"].append(2)
+        assert other.state == {"app:a": {"n": 1}, "user:b": [1]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_recent_events", "3"),
+        ("num_recent_events", 1.5),
+        ("num_recent_events", -1),
+        ("num_recent_events", 2**70),
+        ("after_timestamp", "x"),
+        ("after_timestamp", math.nan),
+    ],
+)
+async def test_a_filter_that_is_no_number(tmp_path: Path, name: str, value: Any) -> None:
+    async with SessionService(f"sqlite:///{tmp_path}/a.db") as service:
+        with pytest.raises(InvalidInputError) as caught:
+            await service.get_session(app_name="a", user_id="u", session_id="s", **{name: value})
+        assert caught.value.field == name
+
+
+@every_kind
+async def test_a_state_of_null_is_an_empty_one(database_url: str, app_name: str) -> None:
+    async with SessionService(database_url) as service, engine_for(database_url) as engine:
+        session = await service.create_session(app_name=app_name, user_id="u", state={"app:a": 1})
+        async with engine.begin() as conn:
+            for table in ("sessions", "app_states", "user_states"):
+                null = text(f"UPDATE {table} SET state = 'null' WHERE app_name = :app_name")
+                await conn.execute(null, {"app_name": app_name})
+        delta = {"k": 1, "app:k": 2, "user:k": 3}
+        await service.append_event(session, appending(1, **delta))
+        again = await service.get_session(app_name=app_name, user_id="u", session_id=session.id)
+        assert again is not None
+        assert again.state == delta
+
+
+async def test_what_is_larger_than_a_packet_is_refused(mariadb_url: str, app_name: str) -> None:
+    async with engine_for(mariadb_url) as engine, engine.connect() as conn:
+        limit: int = (await conn.execute(text("SELECT @@max_allowed_packet"))).scalar_one()
+    large = "x" * limit
+    async with SessionService(mariadb_url) as service:
+        for scope in ("", "user:", "app:"):
+            with pytest.raises(InvalidInputError, match="max_allowed_packet") as caught:
+                await service.create_session(
+                    app_name=app_name, user_id="u", session_id="s", state={f"{scope}k": large}
+                )
+            assert caught.value.field == "state"
+        assert (await service.list_sessions(app_name=app_name)).sessions == []
+        session = await service.create_session(app_name=app_name, user_id="u", session_id="s")
+        before = session.model_copy(deep=True)
+        with pytest.raises(InvalidInputError, match="max_allowed_packet") as caught:
+            await service.append_event(session, Event(content=large))
+        assert caught.value.field == "event"
+        assert session == before
+        # each delta fits, what they come to does not
+        half = "y" * (limit * 2 // 3)
+        await service.append_event(session, appending(1, one=half))
+        with pytest.raises(InvalidInputError, match="max_allowed_packet"):
+            await service.append_event(session, appending(2, two=half))
+        await service.append_event(session, appending(3, one=None))
+        again = await service.get_session(app_name=app_name, user_id="u", session_id="s")
+        assert again == session

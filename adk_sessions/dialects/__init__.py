@@ -19,8 +19,9 @@ from .postgresql import JsonbColumns, PostgreSQL
 from .reads import Tables
 from .servers import EngineDatabase
 from .sqlite import SQLite, SQLiteDatabase, Synchronous
+from .types import MYSQL_FAMILY
 
-__all__ = ["Backend", "Database", "Generic", "open_engine", "open_url"]
+__all__ = ["Backend", "Database", "Generic", "Synchronous", "open_engine", "open_url"]
 
 T = TypeVar("T")
 
@@ -109,6 +110,10 @@ def open_url(
             ),
             statements,
         )
+    if target.url.get_backend_name() in MYSQL_FAMILY:
+        # REPEATABLE READ would lock gaps, and on recent MariaDB refuse rows that changed while a
+        # transaction waited for another one; every statement here locks what it relies on
+        options.setdefault("isolation_level", "READ COMMITTED")
     engine = urls.create_engine(url, **options)
     database, found = open_engine(engine, tables, backend=backend, owned=True)
     return database, found

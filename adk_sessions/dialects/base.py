@@ -48,7 +48,7 @@ class Generic(Reads):
             IntegrityError: there is such a session already.
         """
         session_state = deltas.session or "{}"
-        self.check_size(conn, session_state)
+        self.check_size(conn, "state", session_state)
         conn.execute(
             insert(self.tables.sessions).values(
                 app_name=bindparam("k_app"),
@@ -75,7 +75,7 @@ class Generic(Reads):
         Raises:
             IntegrityError: the session has an event with this id.
         """
-        self.check_size(conn, event.text.data, event.text.exact or "")
+        self.check_size(conn, "event", event.text.data, event.text.exact or "")
         row = self.lock_session(conn, key, with_state=deltas.session is not None)
         if row is None or row.update_time != expected:
             return None
@@ -88,7 +88,7 @@ class Generic(Reads):
         if deltas.session is not None:
             values["state"] = self.as_json("v_state")
             parameters["v_state"] = codec.merge_state(row.state, deltas.session)
-            self.check_size(conn, parameters["v_state"])
+            self.check_size(conn, "state", parameters["v_state"])
         conn.execute(
             update(self.tables.sessions).where(self._is_session).values(values), parameters
         )
@@ -134,7 +134,7 @@ class Generic(Reads):
         else:
             savepoint.commit()
 
-    def check_size(self, conn: Connection, *texts: str) -> None:
+    def check_size(self, conn: Connection, field: str, *texts: str) -> None:
         """Refuses what the server would not take in one packet; most have no such limit."""
 
     def commits_each_statement(self, conn: Connection) -> bool:
@@ -211,7 +211,7 @@ class Generic(Reads):
         if delta is None:
             return stored or "{}"
         merged = codec.merge_state(stored, delta)
-        self.check_size(conn, merged)
+        self.check_size(conn, "state", merged)
         conn.execute(
             update(table)
             .where(self.is_scope(table))

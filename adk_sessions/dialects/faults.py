@@ -26,8 +26,8 @@ class Fault(Enum):
 
 
 _CONFLICT: set[str | int] = {
-    # PostgreSQL: serialization failure, deadlock, plan of a table that was altered meanwhile
-    *("40001", "40P01", "0A000"),
+    # PostgreSQL: serialization failure, deadlock, lock not had in time
+    *("40001", "40P01", "55P03"),
     # MySQL and MariaDB: deadlock (Galera: at COMMIT), lock wait time-out, row changed since the
     # snapshot
     *(1213, 1205, 1020),
@@ -77,20 +77,21 @@ def classify(error: BaseException) -> Fault:
     """What an error of a driver or of SQLAlchemy means for the call that met it."""
     if isinstance(error, PoolTimeoutError):
         return Fault.FATAL  # has waited for pool_timeout already
-    if not isinstance(error, DBAPIError):
-        return Fault.LOST if isinstance(error, OSError | TimeoutError) else Fault.FATAL
+    if isinstance(error, OSError | TimeoutError):
+        return Fault.LOST
     code = code_of(error)
+    name = type(_driver_error(error)).__name__
     if isinstance(error, IntegrityError):
         # a database that is not known here gives no code; a key is the likeliest reason
         return Fault.TAKEN if code is None or code in _TAKEN else Fault.FATAL
     if _is_sqlite(error):
         return Fault.CONFLICT if code in _SQLITE_BUSY else Fault.FATAL
-    if code in _CONFLICT:
+    if code in _CONFLICT or name == "InvalidCachedStatementError":  # a table altered meanwhile
         return Fault.CONFLICT
     if code in _UNAVAILABLE:
         return Fault.UNAVAILABLE
     if (
-        error.connection_invalidated
+        getattr(error, "connection_invalidated", False)
         or code in _LOST
         or (isinstance(code, str) and code.startswith("08"))
         or isinstance(_driver_error(error), OSError | TimeoutError)
@@ -140,7 +141,10 @@ def translate(error: Exception, *, unknown: bool) -> DatabaseError | Configurati
 
 def is_database_error(error: BaseException) -> bool:
     """Whether `translate` is meant for this error; others are bugs and go through."""
-    return isinstance(error, SQLAlchemyError | OSError | TimeoutError | ImportError)
+    # SQLAlchemy 2.0 lets asyncpg's own errors through when it connects
+    return isinstance(
+        error, SQLAlchemyError | OSError | TimeoutError | ImportError | sqlite3.Error
+    ) or type(error).__module__.startswith(("asyncpg", "asyncmy"))
 
 
 def code_of(error: BaseException) -> str | int | None:

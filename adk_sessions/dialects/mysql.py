@@ -44,7 +44,7 @@ class MySQL(Generic):
         statement = self.insert_scope(upsert(table), table)
         conn.execute(statement.on_duplicate_key_update(app_name=table.c.app_name), parameters)
 
-    def check_size(self, conn: Connection, *texts: str) -> None:
+    def check_size(self, conn: Connection, field: str, *texts: str) -> None:
         """Refuses what is larger than the server's max_allowed_packet.
 
         The server answers an oversized packet by closing the connection, which cannot be told from
@@ -58,9 +58,9 @@ class MySQL(Generic):
         size = sum(len(part.encode()) + sum(map(part.count, "\"'\\\n\r")) for part in texts)
         if size + _STATEMENT > self._largest_packet:
             raise InvalidInputError(
-                f"the event or state takes {size} bytes; the server's max_allowed_packet is"
+                f"{field} takes {size} bytes; the server's max_allowed_packet is"
                 f" {self._largest_packet}",
-                field="event",
+                field=field,
             )
 
     def commits_each_statement(self, conn: Connection) -> bool:

@@ -28,6 +28,7 @@ from sqlalchemy import (
     insert,
     literal_column,
     select,
+    text,
     type_coerce,
     update,
 )
@@ -42,6 +43,8 @@ from .types import Timestamp
 # The advisory lock's key, in the database of the tables: "adksess1" as a number.
 _MIGRATION = 0x61646B7365737331
 
+_JSON_NULL: ColumnElement[Any] = literal_column("'null'::jsonb", JSONB())
+_EMPTY: ColumnElement[Any] = literal_column("'{}'::jsonb", JSONB())
 _TICK: ColumnElement[Any] = literal_column("interval '1 microsecond'")
 
 
@@ -58,7 +61,9 @@ class JsonbColumns(Generic):
     def migrating(self, conn: Connection) -> Iterator[bool]:
         # One transaction holds the lock and does the work, so a pooler in transaction mode does
         # not separate them, and a failed migration leaves nothing behind.
+        # A waiting ALTER makes every reader of the table wait behind it: give up soon, try again.
         with conn.begin():
+            conn.execute(text("SET LOCAL lock_timeout = '2s'"))
             yield bool(conn.execute(select(func.pg_try_advisory_xact_lock(_MIGRATION))).scalar())
 
 
@@ -255,4 +260,6 @@ class PostgreSQL(JsonbColumns):
 
 def _merged(state: ColumnElement[Any], delta: ColumnElement[Any]) -> ColumnElement[Any]:
     """A state with a delta's top-level keys set, whole values replaced."""
-    return type_coerce(state, JSONB()).concat(type_coerce(delta, JSONB()))
+    # a JSON null is an empty state; concatenated as it is, it would make an array
+    stored = func.coalesce(func.nullif(type_coerce(state, JSONB()), _JSON_NULL), _EMPTY)
+    return type_coerce(stored, JSONB()).concat(type_coerce(delta, JSONB()))

@@ -180,11 +180,11 @@ class Reads:
         row = conn.execute(self._revision, key.parameters()).first()
         return None if row is None else (row[0], row[1])
 
-    def list(self, conn: Connection, app_name: str, user_id: str | None) -> Listing:
+    def listing(self, conn: Connection, app_name: str, user_id: str | None) -> Listing:
         """The sessions of an app, or of one user of it, in no order."""
         statement = self._lists.get(user_id is not None)
         if statement is None:
-            statement = self._lists[user_id is not None] = self._listing(user_id is not None)
+            statement = self._lists[user_id is not None] = self._list_statement(user_id is not None)
         app_state: str | None = None
         user_states: dict[str, str] = {}
         sessions: list[Listed] = []
@@ -199,7 +199,7 @@ class Reads:
                 sessions.append(Listed(user, id_, time, data))
         return Listing(app_state, user_states, sessions)
 
-    def _listing(self, one_user: bool) -> Any:
+    def _list_statement(self, one_user: bool) -> Any:
         t = self.tables
         s, u, a = t.sessions.c, t.user_states.c, t.app_states.c
         sessions = select(

@@ -224,9 +224,11 @@ class SQLiteDatabase:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            # the thread cannot be stopped: it commits or fails before the caller goes on
-            await asyncio.wait([future])
-            future.exception()  # nobody else will ask for it
+            # nobody else will ask for its error
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
+            if write:
+                # the thread cannot be stopped: it commits or fails before the caller goes on
+                await asyncio.wait([future])
             raise
 
     async def close(self) -> None:

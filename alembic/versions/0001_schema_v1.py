@@ -11,6 +11,8 @@ down_revision = None
 branch_labels = ("adk_sessions",)
 depends_on = None
 
+INDEX = "idx_events_app_user_session_ts_id"
+VERSION = "schema_version"
 TABLES = ("adk_internal_metadata", "sessions", "events", "app_states", "user_states")
 
 
@@ -65,8 +67,9 @@ def upgrade() -> None:
                 ondelete="CASCADE",
             ),
         )
+    if INDEX not in present:
         op.create_index(
-            "idx_events_app_user_session_ts_id",
+            INDEX,
             "events",
             ["app_name", "user_id", "session_id", sa.text("timestamp DESC"), sa.text("id DESC")],
         )
@@ -91,6 +94,7 @@ def upgrade() -> None:
             sa.Column("key", key(128), primary_key=True),
             sa.Column("value", key(256), nullable=False),
         )
+    if VERSION not in present:
         text = sa.String()
         metadata = sa.table(
             "adk_internal_metadata", sa.column("key", text), sa.column("value", text)
@@ -99,11 +103,22 @@ def upgrade() -> None:
 
 
 def existing() -> set[str]:
-    """google-adk's tables that are there already."""
+    """What is there already: google-adk's tables, or what an earlier try got to.
+
+    Where DDL is not transactional, a try that was broken off leaves tables without the rest.
+    """
     if context.is_offline_mode():
         return set()
-    inspector = sa.inspect(op.get_bind())
-    return {table for table in TABLES if inspector.has_table(table)}
+    bind = op.get_bind()
+    inspector = sa.inspect(bind)
+    found = {table for table in TABLES if inspector.has_table(table)}
+    if "events" in found:
+        found.update(str(index["name"]) for index in inspector.get_indexes("events"))
+    if "adk_internal_metadata" in found:
+        metadata = sa.table("adk_internal_metadata", sa.column("key", sa.String()))
+        rows = bind.execute(sa.select(metadata.c.key)).scalars()
+        found.update(rows)
+    return found
 
 
 def downgrade() -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import context, op
 
+from adk_sessions.errors import SchemaError
+
 revision = "0003"
 down_revision = "0002"
 branch_labels = None
@@ -54,18 +56,32 @@ def upgrade() -> None:
         return
     collation = "utf8mb4_nopad_bin" if dialect.is_mariadb else "utf8mb4_0900_bin"
     alterations = [sql for table in TABLES if (sql := alteration(table, collation))]
-    # a foreign key stands in the way of its columns' collation; it may be gone already, if an
-    # earlier try was broken off
-    foreign_keys = sa.inspect(op.get_bind()).get_foreign_keys("events")
-    if alterations:
-        for foreign_key in foreign_keys:
-            op.drop_constraint(foreign_key["name"], "events", type_="foreignkey")
-        for sql in alterations:
-            op.execute(sql)
-    if alterations or not foreign_keys:
-        keys = ["app_name", "user_id"]
+    if not alterations:
+        return
+    # A foreign key stands in the way of its columns' collation. Ours is put back; a table that was
+    # made without one stays without.
+    inspector = sa.inspect(op.get_bind())
+    for table in set(inspector.get_table_names()) - {"events"}:
+        if any(key["referred_table"] == "sessions" for key in inspector.get_foreign_keys(table)):
+            raise SchemaError(
+                f"The table {table} has a foreign key to sessions, whose columns must change their"
+                " collation. Drop it, upgrade, and add it again."
+            )
+    ours = [
+        key for key in inspector.get_foreign_keys("events") if key["referred_table"] == "sessions"
+    ]
+    for key in ours:
+        op.drop_constraint(key["name"], "events", type_="foreignkey")
+    for sql in alterations:
+        op.execute(sql)
+    for key in ours:
         op.create_foreign_key(
-            None, "events", "sessions", [*keys, "session_id"], [*keys, "id"], ondelete="CASCADE"
+            key["name"],
+            "events",
+            "sessions",
+            key["constrained_columns"],
+            key["referred_columns"],
+            ondelete=key["options"].get("ondelete"),
         )
 
 
