@@ -10,6 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
+try:
+    import google.adk  # noqa: F401
+except ImportError as missing:
+    raise ImportError(
+        "adk_sessions.adk needs google-adk: pip install 'adk-sessions[adk]'"
+    ) from missing
 from google.adk.errors import already_exists_error, session_not_found_error
 from google.adk.errors._stale_session_error import StaleSessionError as AdkStaleSessionError
 from google.adk.events.event import Event

@@ -59,7 +59,15 @@ E = TypeVar("E", bound=EventLike)
 
 
 class Binding(Generic[S, E]):
-    """The types of one agent framework; a subclass names them."""
+    """The types of one agent framework; a subclass names them.
+
+    Attributes:
+        session_type: a pydantic model with the fields of `SessionLike`, its private attribute
+            ``_storage_update_marker`` among them; made with app_name, user_id, id and state.
+        event_type: a pydantic model with the fields of `EventLike`.
+        list_type: what `list_sessions` returns, made with sessions.
+        already_exists, not_found, stale: the errors to raise, subclasses of this package's.
+    """
 
     session_type: ClassVar[type[Any]]
     event_type: ClassVar[type[Any]]
@@ -73,6 +81,11 @@ class Binding(Generic[S, E]):
 
     def _now(self) -> float:
         return time.time()
+
+    def _missing(self, session: S) -> errors.SessionNotFoundError:
+        return self.not_found(
+            f"Session {session.id!r} not found. Create it before appending to it."
+        )
 
     def _catch_up(self, session: S, event: E, found: Snapshot, since: datetime) -> None:
         """Brings what a session has missed into it: events after its revision, and the state."""

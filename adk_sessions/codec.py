@@ -158,16 +158,25 @@ def dump_event(event: BaseModel) -> EventText:
     else:
         if not _SUSPECT.search(text):
             return EventText(text, None)
+    odd: list[str] = []
+
+    def as_string(value: Any) -> str:
+        odd.append(type(value).__name__)
+        return repr(value)
+
     try:
-        plain = event.model_dump(exclude_none=True, fallback=_as_string)
+        plain = event.model_dump(exclude_none=True, fallback=repr)
         try:
-            tree = event.model_dump(mode="json", exclude_none=True, fallback=_as_string)
+            tree = event.model_dump(mode="json", exclude_none=True, fallback=as_string)
         except (UnicodeEncodeError, PydanticSerializationError):
             tree = _jsonable(plain, bytes_mode="base64", serialize_unknown=True)
         true = _restore(tree, plain)
         data, exact = dumps(_clean(true)), dumps(_escape(true))
     except (PydanticSerializationError, ValueError, RecursionError):
         raise InvalidInputError(f"event {_TOO_DEEP}", field="event") from None
+    if odd:
+        name = getattr(event, "id", "")
+        logger.warning("event %r: %s without a JSON form; strings are stored", name, odd)
     return EventText(data, None if data == exact else exact)
 
 
@@ -188,12 +197,10 @@ def load_event(event_type: type[M], data: str | None, exact: str | None) -> M:
 
 def same_event(one: EventText, other: EventText) -> bool:
     """Whether two stored forms are the same event; key order and JSONB's spelling do not matter."""
-    return _same(json.loads(one.exact or one.data), json.loads(other.exact or other.data))
-
-
-def _as_string(value: Any) -> str:
-    logger.warning("an event holds a %s, which has no JSON form", type(value).__name__)
-    return repr(value)
+    first, second = (
+        json.dumps(json.loads(text.exact or text.data), sort_keys=True) for text in (one, other)
+    )
+    return first == second
 
 
 def _restore(tree: Any, plain: Any) -> Any:
@@ -209,18 +216,6 @@ def _restore(tree: Any, plain: Any) -> Any:
     if isinstance(tree, list) and isinstance(plain, list | tuple) and len(tree) == len(plain):
         return [_restore(value, was) for value, was in zip(tree, plain, strict=True)]
     return tree
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return (
-            isinstance(other, dict)
-            and one.keys() == other.keys()
-            and all(_same(value, other[key]) for key, value in one.items())
-        )
-    if isinstance(one, list):
-        return isinstance(other, list) and len(one) == len(other) and all(map(_same, one, other))
-    return isinstance(one, bool) is isinstance(other, bool) and bool(one == other)
 
 
 # --- escaping -----------------------------------------------------------------------------------

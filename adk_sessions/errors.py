@@ -69,11 +69,11 @@ class SessionNotFoundError(SessionStoreError, ValueError):
 
 
 class StaleSessionError(SessionStoreError, ValueError):
-    """The session has been modified in storage since it was loaded. Reload it with get_session and append again."""  # noqa: E501
+    """The session has been modified in storage since it was loaded, or was not loaded from there. Reload it with get_session and append again."""  # noqa: E501
 
 
 class EventConflictError(SessionStoreError):
-    """An event with this id is already stored in the session, with other content. Give each event an id of its own."""  # noqa: E501
+    """An event with this id is already stored in the session, with other content (its timestamp counts). Give each event an id of its own."""  # noqa: E501
 
 
 class SchemaError(SessionStoreError):

@@ -7,6 +7,7 @@ something to do, which costs one query; who finds work takes the database's own 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from .dialects import Database, Generic, open_url
 from .dialects.faults import Fault, classify
 from .errors import MigrationLockError, SchemaError
 from .models import models
+
+logger = logging.getLogger(__name__)
 
 HEAD = "0003"
 VERSION_TABLE = "adk_sessions_version"
@@ -131,7 +134,15 @@ def _run_alembic(conn: Connection) -> None:
     config = Config()
     config.set_main_option("script_location", str(scripts()).replace("%", "%%"))
     config.attributes["connection"] = conn
-    command.upgrade(config, "head")
+    chatty = logging.getLogger("alembic")
+    level = chatty.level
+    if level == logging.NOTSET:
+        chatty.setLevel(logging.WARNING)  # an application's own level stays
+    try:
+        command.upgrade(config, "head")
+    finally:
+        chatty.setLevel(level)
+    logger.info("the tables were brought to revision %s", HEAD)
 
 
 def check_adoptable(conn: Connection) -> None:

@@ -29,6 +29,7 @@ class Models:
     Attributes:
         base: their declarative base; ``base.metadata`` holds the five tables alone.
         session, event, app_state, user_state, internal_metadata: the mapped classes.
+        sessions, events, app_states, user_states: the tables behind them.
     """
 
     base: type[DeclarativeBase]
@@ -37,36 +38,15 @@ class Models:
     app_state: type[Any]
     user_state: type[Any]
     internal_metadata: type[Any]
+    sessions: Table
+    events: Table
+    app_states: Table
+    user_states: Table
 
     @property
     def metadata(self) -> MetaData:
         """The tables' MetaData, for an application that lists them in its own tools."""
         return self.base.metadata
-
-    @property
-    def sessions(self) -> Table:
-        """The table behind ``session``."""
-        return _table(self.session)
-
-    @property
-    def events(self) -> Table:
-        """The table behind ``event``."""
-        return _table(self.event)
-
-    @property
-    def app_states(self) -> Table:
-        """The table behind ``app_state``."""
-        return _table(self.app_state)
-
-    @property
-    def user_states(self) -> Table:
-        """The table behind ``user_state``."""
-        return _table(self.user_state)
-
-
-def _table(model: type[Any]) -> Table:
-    table: Table = model.__table__
-    return table
 
 
 @cache
@@ -142,4 +122,10 @@ def models(schema: str | None = None, table_prefix: str = "") -> Models:
         key: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
         value: Mapped[str] = mapped_column(key_text(TEXT_LENGTH))
 
-    return Models(Base, StoredSession, StoredEvent, StoredAppState, StoredUserState, StoredMetadata)
+    mapped: list[Any] = [StoredSession, StoredEvent, StoredAppState, StoredUserState]
+    sessions, events, app_states, user_states = (model.__table__ for model in mapped)
+    return Models(
+        Base,
+        *(StoredSession, StoredEvent, StoredAppState, StoredUserState, StoredMetadata),
+        *(sessions, events, app_states, user_states),
+    )

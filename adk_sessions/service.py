@@ -14,6 +14,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from pydantic import BaseModel
 from sqlalchemy import URL, Connection
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -71,12 +72,26 @@ class Store(Binding[S, E]):
         retry_window: float = WINDOW,
         **options: Any,
     ) -> None:
+        if not hasattr(self, "session_type"):
+            raise errors.ConfigurationError(
+                "Subclass Store and set session_type, event_type and list_type."
+            )
+        if not isinstance(retry_window, int | float) or not retry_window >= 0:
+            raise errors.ConfigurationError("retry_window must be seconds, 0 or more")
+        if backend not in ("auto", "generic"):
+            raise errors.ConfigurationError("backend must be 'auto' or 'generic'")
+        if not isinstance(url, str | URL | None) or not isinstance(engine, AsyncEngine | None):
+            raise errors.ConfigurationError(
+                "url must be a string or a URL, and an engine an AsyncEngine, passed as engine="
+            )
         tables = models()
         if engine is None and url is not None:
             self._database, self._statements = open_url(
                 url, tables, backend=backend, sqlite_synchronous=sqlite_synchronous, **options
             )
         elif engine is not None and url is None:
+            if sqlite_synchronous != "FULL":
+                raise errors.ConfigurationError("Durability is for the engine to set, not for us.")
             if options:
                 raise errors.ConfigurationError(
                     f"{', '.join(sorted(options))}: options are for an engine made from a URL"
@@ -207,7 +222,10 @@ class Store(Binding[S, E]):
             # after a lost connection the session that is there may be the one of the first try
             found = await self._read(key, limit=0) if lost else None
             if found is None or found.create_time != now:
-                raise self.already_exists(f"Session with id {session_id!r} already exists.")
+                raise self.already_exists(
+                    f"Session with id {session_id!r} already exists. Choose another id, or get the"
+                    " existing session."
+                )
             stored = found.states
         return self._session(key, stored, now)
 
@@ -361,9 +379,16 @@ class Store(Binding[S, E]):
             SessionNotFoundError: there is no such session (any more).
             StaleSessionError: somebody else has appended since ``session`` was read. Nothing was
                 stored, ``session`` and ``event`` are as they were.
-            EventConflictError: the session has an event with this id and other content.
+            EventConflictError: the session has an event with this id and other content; its
+                timestamp counts.
             InvalidInputError: a field cannot be stored; nothing was written.
         """
+        if not isinstance(session, BaseModel) or not isinstance(event, BaseModel):
+            raise errors.InvalidInputError(
+                f"append_event takes a {self.session_type.__name__} and an"
+                f" {self.event_type.__name__}",
+                field="session" if isinstance(event, BaseModel) else "event",
+            )
         if event.partial:
             return event
         key = self._checked(session.app_name, session.user_id, session.id)
@@ -395,7 +420,7 @@ class Store(Binding[S, E]):
             since = expected or clock.to_datetime(session.last_update_time)
             found = await self._run(self._catching_up(key, since, event.id), write=False)
             if found is None:
-                raise self.not_found(f"Session {session.id!r} not found.")
+                raise self._missing(session)
             stored = next((row for row in found.events if row.id == event.id), None)
             if stored is not None:
                 if not codec.same_event(
@@ -430,7 +455,7 @@ class Store(Binding[S, E]):
         """
         found = await self._run(lambda conn: self._statements.revision(conn, key), write=False)
         if found is None:
-            raise self.not_found(f"Session {session.id!r} not found.")
+            raise self._missing(session)
         revision, newest_id = found
         newest_known = session.events[-1].id if session.events else None
         if clock.to_epoch(revision) <= session.last_update_time or newest_id == newest_known:

@@ -39,7 +39,7 @@ class Event(BaseModel):
 
     Attributes:
         id: unique in its session; made if none is given. Appending the same id with the same
-            content again is harmless.
+            content again is harmless; the timestamp is part of it.
         invocation_id: groups the events of one run of the agent, at most 256 characters.
         author: ``user`` or the name of an agent.
         timestamp: seconds since the epoch.

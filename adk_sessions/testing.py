@@ -152,6 +152,10 @@ class SessionServiceContract:
                 async with MyService(tmp_path / "sessions.db") as service:
                     yield service
 
+    The service's methods are those of `adk_sessions.SessionService`, and so are the errors that it
+    has to raise, or subclasses of them; its sessions keep a revision, any string, in the attribute
+    ``_storage_update_marker``.
+
     For readable failures put ``pytest.register_assert_rewrite("adk_sessions.testing")`` into
     conftest.py. Override as well, where the service calls for it:
 
@@ -857,6 +861,7 @@ class SessionServiceContract:
                 count += 1
                 delta = _in_each_scope({"count": count})
                 await service.append_event(session, self.event(state_delta=delta))
+                await asyncio.sleep(0)  # a service in memory may never give the loop back
 
         async def read() -> None:
             nonlocal reading

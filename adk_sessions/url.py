@@ -47,6 +47,13 @@ _DROPPED = re.compile(
     "channel_binding|client_encoding|fallback_application_name|gss(delegation|encmode)"
     "|keepalives(_count|_idle|_interval)?|load_balance_hosts|ssl(compression|sni)|tcp_user_timeout"
 )
+# What asyncmy and SQLAlchemy's dialect for it read from the URL.
+_ASYNCMY = {
+    *("charset", "unix_socket", "sql_mode", "init_command", "program_name", "server_public_key"),
+    *("read_default_file", "read_default_group", "client_flag", "use_unicode", "autocommit"),
+    *("local_infile", "max_allowed_packet", "read_timeout", "binary_prefix", "stmt_cache_size"),
+    *("user", "password", "database", "host", "port", "echo", "plugin", "isolation_level"),
+}
 _SESSION_ATTRS = ("any", "primary", "standby", "prefer-standby", "read-write", "read-only")
 # Each with the variable and the file in ~/.postgresql that stand in for it.
 _LIBPQ_FILES = {
@@ -310,10 +317,7 @@ def _asyncpg(url: URL) -> Target:
     args |= {key: value for key, value in found.items() if value is not None}
     query = {key: value for key, value in query.items() if not _DROPPED.fullmatch(key)}
     if unknown := sorted(query.keys() - _KEPT):
-        raise ConfigurationError(
-            f"Unknown parameter {unknown[0]!r} in the database URL {redact(url)}. Take it out, or "
-            "give its asyncpg equivalent in connect_args."
-        )
+        raise _unknown(unknown[0], url, "a search path goes into options=-csearch_path=name")
     return Target(url.set(query=query), args)
 
 
@@ -370,7 +374,16 @@ def _asyncmy(url: URL) -> Target:
         # SQLAlchemy makes an `ssl` argument of what is left, and ours would hide it.
         if rest := [name for name in query if name.startswith("ssl")]:
             raise _bad(rest[0], "left out: pass an ssl.SSLContext in connect_args for it")
+    if unknown := sorted(key for key in query.keys() - _ASYNCMY if not key.startswith("ssl_")):
+        raise _unknown(unknown[0], url, "sslmode is spelled ssl-mode=REQUIRED here")
     return Target(url.set(query=query), args)
+
+
+def _unknown(parameter: str, url: URL, advice: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"Unknown parameter {parameter!r} in the database URL {redact(url)}. Take it out, or give"
+        f" its equivalent in connect_args; {advice}."
+    )
 
 
 def _context(

@@ -196,7 +196,7 @@ async def test_postgresql(postgres_url: str, table: str) -> None:
             Fault.FATAL,
             "42P01",
             "UndefinedTableError",
-            "a table is missing: migrate the database",
+            "a table is missing: run alembic upgrade head",
         )
         check(
             await error_of(run(engine, f"SELECT '{SECRET}' ? '"[:-1])),
@@ -271,7 +271,7 @@ async def test_mariadb(mariadb_url: str, table: str) -> None:
             Fault.FATAL,
             1146,
             "ProgrammingError",
-            "a table is missing: migrate the database",
+            "a table is missing: run alembic upgrade head",
         )
         async with engine.begin() as holder:
             await holder.execute(text(f"UPDATE {table} SET v = 'x' WHERE i = 1"))

@@ -59,12 +59,12 @@ _HINTS: dict[str | int, str] = {
     "28P01": "the password is wrong",
     "28000": "this role may not connect",
     "3D000": "the database does not exist: create it first",
-    "42P01": "a table is missing: migrate the database",
+    "42P01": "a table is missing: run alembic upgrade head",
     "42501": "this role lacks a privilege on a table",
     1044: "this user may not use the database",
     **dict.fromkeys((1045, 1698), "the user or the password is wrong"),
     1049: "the database does not exist: create it first",
-    1146: "a table is missing: migrate the database",
+    1146: "a table is missing: run alembic upgrade head",
     sqlite3.SQLITE_BUSY: "another process held the file locked for too long",
     sqlite3.SQLITE_FULL: "the disk is full",
     sqlite3.SQLITE_READONLY: "the file cannot be written",
@@ -72,11 +72,27 @@ _HINTS: dict[str | int, str] = {
     sqlite3.SQLITE_NOTADB: "the file is not an SQLite database",
 }
 
+# Where there is no code, the class of the error says it.
+_NAME_HINTS = {
+    "ConnectionRefusedError": "nothing listens there; check host and port, and the server",
+    "gaierror": "the host's name has no address; check it",
+    "ConnectionError": "the server refused TLS, which sslmode asks for, or is no PostgreSQL",
+    "SSLError": "the server offers no TLS, or one that cannot be trusted",
+    "SSLCertVerificationError": "the server's certificate cannot be trusted; check sslrootcert",
+    "TimeoutError": "no answer in time; check host and port, and the way there",
+    "FileNotFoundError": "the folder of the file cannot be made",
+    "PermissionError": "the file or its folder may not be written",
+    "NotADirectoryError": "the folder of the file cannot be made",
+    "TargetServerAttributeNotMatched": "no host is what target_session_attrs asks for",
+}
+
 
 def classify(error: BaseException) -> Fault:
     """What an error of a driver or of SQLAlchemy means for the call that met it."""
     if isinstance(error, PoolTimeoutError):
         return Fault.FATAL  # has waited for pool_timeout already
+    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
+        return Fault.FATAL
     if isinstance(error, OSError | TimeoutError):
         return Fault.LOST
     code = code_of(error)
@@ -125,12 +141,12 @@ def translate(error: Exception, *, unknown: bool) -> DatabaseError | Configurati
     if isinstance(error, ImportError):
         return ConfigurationError(f"A package of the database driver is missing: {error.name}.")
     what = name if code is None else f"{name}, {code}"
-    hint = _HINTS.get(code) if code is not None else None
+    hint = _NAME_HINTS.get(name) or (_HINTS.get(code) if code is not None else None)
     kind = DatabaseError
     message = f"The database refused the call ({what})"
-    if fault is Fault.LOST:
+    if fault is Fault.LOST or name in _NAME_HINTS:
         message = f"The connection to the database failed ({what})"
-        if unknown:
+        if unknown and fault is Fault.LOST:
             kind = OutcomeUnknownError
             hint = "the call may or may not be stored; repeat it with the same id"
     message += f": {hint}." if hint else "."

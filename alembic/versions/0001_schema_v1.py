@@ -122,5 +122,4 @@ def existing() -> set[str]:
 
 
 def downgrade() -> None:
-    for table in ("events", "sessions", "app_states", "user_states", "adk_internal_metadata"):
-        op.drop_table(table)
+    """Nothing: what is left is google-adk's schema, perhaps made by google-adk, with its rows."""
