@@ -61,7 +61,7 @@ def check_timestamp(value: object, field: str) -> None:
 def check_filters(num_recent_events: object, after_timestamp: object) -> None:
     """Refuses a reader's filter that is not a number that can be counted or compared with."""
     if num_recent_events is not None and (
-        not isinstance(num_recent_events, int) or not 0 <= num_recent_events < 2**31
+        not isinstance(num_recent_events, int) or num_recent_events < 0
     ):
         raise InvalidInputError(
             "num_recent_events must be a whole number, not negative", field="num_recent_events"

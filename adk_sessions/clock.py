@@ -10,7 +10,7 @@ _LATEST = datetime(9000, 1, 1)
 
 def to_datetime(timestamp: float) -> datetime:
     """A moment as tables hold it; one outside the years 1970 to 9000 becomes the nearest there."""
-    if timestamp <= 0:
+    if not timestamp > 0:  # NaN too
         return EPOCH
     if timestamp >= to_epoch(_LATEST):
         return _LATEST
@@ -31,7 +31,7 @@ def from_marker(marker: str) -> datetime | None:
     """The revision of a marker; None for one that another kind of store has set."""
     try:
         moment = datetime.fromisoformat(marker)
-    except ValueError:
+    except (TypeError, ValueError):
         return None
     return moment if moment.tzinfo is None else None
 

@@ -122,7 +122,14 @@ def _coerce(key: str, value: Any) -> Any:
     try:
         return _jsonable(value, bytes_mode="base64", serialize_unknown=True)
     except PydanticSerializationError:
+        return _text_of(value)
+
+
+def _text_of(value: Any) -> str:
+    try:
         return repr(value)
+    except Exception:
+        return object.__repr__(value)
 
 
 def _jsonable(value: Any, **options: Any) -> Any:
@@ -162,10 +169,10 @@ def dump_event(event: BaseModel) -> EventText:
 
     def as_string(value: Any) -> str:
         odd.append(type(value).__name__)
-        return repr(value)
+        return _text_of(value)
 
     try:
-        plain = event.model_dump(exclude_none=True, fallback=repr)
+        plain = event.model_dump(exclude_none=True, fallback=_text_of)
         try:
             tree = event.model_dump(mode="json", exclude_none=True, fallback=as_string)
         except (UnicodeEncodeError, PydanticSerializationError):

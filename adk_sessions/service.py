@@ -288,7 +288,7 @@ class Store(Binding[S, E]):
         Returns:
             A response with the list ``sessions``, the least recently updated first.
         """
-        if not checks.are_keys(app_name, user_id or ""):
+        if not checks.are_keys(app_name, "" if user_id is None else user_id):
             return self.list_type(sessions=[])
         await self.prepare_tables()
         found = await self._run(
@@ -476,6 +476,7 @@ class Store(Binding[S, E]):
     async def _read(
         self, key: Key, *, limit: int | None, after: float | None = None
     ) -> Snapshot | None:
+        limit = None if limit is None else min(limit, 2**31 - 1)
         moment = None if after is None else clock.just_before(clock.to_datetime(after))
         return await self._run(
             lambda conn: self._statements.read(

@@ -559,3 +559,66 @@ async def test_a_row_that_changed_while_it_was_waited_for_is_no_error(
         await asyncio.gather(*map(append, range(8)))
         state = await service.get_app_state(app_name=app_name)
         assert state == {f"{n} {i}": i for n in range(8) for i in range(5)}
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+async def test_the_generic_path_keeps_every_key_at_any_isolation_level(
+    postgres_url: str, app_name: str, level: str
+) -> None:
+    options: dict[str, Any] = {"backend": "generic", "isolation_level": level}
+    async with (
+        SessionService(postgres_url, **options) as one,
+        SessionService(postgres_url, **options) as other,
+    ):
+        for n in range(3):
+            name = f"{app_name}-{n}"
+            await asyncio.gather(
+                *(
+                    (one, other)[i % 2].create_session(
+                        app_name=name, user_id="u", state={f"app:{i}": i, f"user:{i}": i}
+                    )
+                    for i in range(10)
+                )
+            )
+            expected = {str(i): i for i in range(10)}
+            assert await one.get_app_state(app_name=name) == expected
+            assert await one.get_user_state(app_name=name, user_id="u") == expected
+
+
+async def test_without_a_foreign_key_a_deleted_session_stays_deleted(
+    postgres: Postgres, app_name: str
+) -> None:
+    with postgres.scratch_database() as url:
+        async with SessionService(url) as service:
+            ids = {"app_name": app_name, "user_id": "u", "session_id": "s"}
+            await service.create_session(**ids)
+            conn = await asyncpg.connect(url)
+            key = await conn.fetchval(
+                "SELECT conname FROM pg_constraint"
+                " WHERE conrelid = 'events'::regclass AND contype = 'f'"
+            )
+            await conn.execute(f"ALTER TABLE events DROP CONSTRAINT {key}")
+            # an append that holds the row and has written its event when the delete begins
+            append = conn.transaction()
+            await append.start()
+            await conn.execute("UPDATE sessions SET update_time = update_time + interval '1 s'")
+            await conn.execute(
+                "INSERT INTO events (id, app_name, user_id, session_id, invocation_id, timestamp)"
+                " VALUES ('e', $1, 'u', 's', '', now())",
+                app_name,
+            )
+            deletion = asyncio.create_task(service.delete_session(**ids))
+            watcher = await asyncpg.connect(url)
+            waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+            while not await watcher.fetchval(waiting):
+                assert not deletion.done()
+                await asyncio.sleep(0.01)
+            await append.commit()
+            await deletion
+            await watcher.close()
+            await conn.close()
+            assert await service.get_session(**ids) is None
+            await service.create_session(**ids)
+            again = await service.get_session(**ids)
+            assert again is not None
+            assert again.events == []

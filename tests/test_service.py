@@ -770,7 +770,6 @@ async def test_listed_sessions_share_nothing(database_url: str, app_name: str) -
         ("num_recent_events", "3"),
         ("num_recent_events", 1.5),
         ("num_recent_events", -1),
-        ("num_recent_events", 2**70),
         ("after_timestamp", "x"),
         ("after_timestamp", math.nan),
     ],
@@ -823,3 +822,27 @@ async def test_what_is_larger_than_a_packet_is_refused(mariadb_url: str, app_nam
         await service.append_event(session, appending(3, one=None))
         again = await service.get_session(app_name=app_name, user_id="u", session_id="s")
         assert again == session
+
+
+@every_kind
+@pytest.mark.parametrize("user_id", [0, False, 1.5, b"u"])
+async def test_a_user_id_that_is_no_string(database_url: str, app_name: str, user_id: Any) -> None:
+    async with SessionService(database_url) as service:
+        await service.create_session(app_name=app_name, user_id="u")
+        with pytest.raises(InvalidInputError):
+            await service.list_sessions(app_name=app_name, user_id=user_id)
+        with pytest.raises(InvalidInputError):
+            await service.get_user_state(app_name=app_name, user_id=user_id)
+
+
+@every_kind
+@pytest.mark.parametrize("marker", ["", "x\0", "\ud800", "17", 5])
+async def test_a_revision_that_is_none_of_ours_is_stale(
+    database_url: str, app_name: str, marker: Any
+) -> None:
+    async with SessionService(database_url) as service:
+        session = await service.create_session(app_name=app_name, user_id="u")
+        session._storage_update_marker = marker
+        session.last_update_time = math.nan
+        with pytest.raises(StaleSessionError):
+            await service.append_event(session, appending(1))

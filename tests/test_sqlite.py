@@ -502,3 +502,52 @@ async def test_two_services_on_an_applications_only_connection() -> None:
         assert len((await other.list_sessions(app_name="a")).sessions) == 12
     finally:
         await engine.dispose()
+
+
+async def test_closing_while_calls_run_tears_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/a.db"
+    async with SessionService(url) as service, SessionService(url) as reader:
+        sessions = [await service.create_session(app_name="a", user_id=f"u{n}") for n in range(6)]
+
+        async def append(n: int) -> None:
+            for i in range(20):
+                await service.append_event(
+                    sessions[n],
+                    Event(content=i, actions=EventActions(state_delta={"n": i, f"app:{n}": i})),
+                )
+
+        async def close() -> None:
+            for _ in range(15):
+                await asyncio.sleep(0.002)
+                await service.close()
+
+        await asyncio.gather(*map(append, range(6)), close())
+        for session in sessions:
+            stored = await reader.get_session(
+                app_name="a", user_id=session.user_id, session_id=session.id
+            )
+            assert stored is not None
+            assert [event.content for event in stored.events] == list(range(20))
+            assert stored.state["n"] == 19
+        assert await reader.get_app_state(app_name="a") == {str(n): 19 for n in range(6)}
+
+
+async def test_a_cancelled_call_on_an_engine_of_ones_own_gives_its_connection_back(
+    tmp_path: Path,
+) -> None:
+    engine = create_async_engine(
+        f"sqlite+aiosqlite:///{tmp_path}/a.db", pool_size=1, max_overflow=0, pool_timeout=5
+    )
+    service = SessionService(engine=engine)
+    await service.prepare_tables()
+    cancelled = 0
+    for n in range(60):
+        try:
+            async with asyncio.timeout(0.0002 * n):
+                await service.create_session(app_name="a", user_id="u")
+        except TimeoutError:
+            cancelled += 1
+    assert cancelled
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert await service.create_session(app_name="a", user_id="u")
+    await engine.dispose()

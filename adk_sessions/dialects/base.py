@@ -26,6 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from .. import codec
+from .faults import Overtaken
 from .reads import Reads
 from .rows import Deltas, Key, NewEvent, States, event_parameters
 from .types import Timestamp
@@ -89,8 +90,8 @@ class Generic(Reads):
             values["state"] = self.as_json("v_state")
             parameters["v_state"] = codec.merge_state(row.state, deltas.session)
             self.check_size(conn, "state", parameters["v_state"])
-        conn.execute(
-            update(self.tables.sessions).where(self._is_session).values(values), parameters
+        self._update(
+            conn, update(self.tables.sessions).where(self._is_session).values(values), parameters
         )
         if deltas.app is not None:
             self._merge_scope(conn, self.tables.app_states, key, deltas.app, now)
@@ -198,6 +199,11 @@ class Generic(Reads):
     def is_scope(self, table: Table) -> ColumnElement[bool]:
         return self._is_user if table is self.tables.user_states else self._is_app
 
+    def _update(self, conn: Connection, statement: Any, parameters: dict[str, Any]) -> None:
+        """Writes one row, which a snapshot of REPEATABLE READ may not have though it is there."""
+        if conn.execute(statement, parameters).rowcount == 0:
+            raise Overtaken
+
     def _merge_scope(
         self, conn: Connection, table: Table, key: Key, delta: str | None, now: datetime
     ) -> str:
@@ -212,7 +218,8 @@ class Generic(Reads):
             return stored or "{}"
         merged = codec.merge_state(stored, delta)
         self.check_size(conn, "state", merged)
-        conn.execute(
+        self._update(
+            conn,
             update(table)
             .where(self.is_scope(table))
             .values(

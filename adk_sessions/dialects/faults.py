@@ -15,6 +15,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from ..errors import ConfigurationError, DatabaseError, OutcomeUnknownError
 
 
+class Overtaken(Exception):
+    """A row that this transaction has locked is not there to be written: its snapshot is older."""
+
+
 class Fault(Enum):
     """What an error says about the call that met it."""
 
@@ -89,6 +93,8 @@ _NAME_HINTS = {
 
 def classify(error: BaseException) -> Fault:
     """What an error of a driver or of SQLAlchemy means for the call that met it."""
+    if isinstance(error, Overtaken):
+        return Fault.CONFLICT
     if isinstance(error, PoolTimeoutError):
         return Fault.FATAL  # has waited for pool_timeout already
     if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
@@ -159,7 +165,7 @@ def is_database_error(error: BaseException) -> bool:
     """Whether `translate` is meant for this error; others are bugs and go through."""
     # SQLAlchemy 2.0 lets asyncpg's own errors through when it connects
     return isinstance(
-        error, SQLAlchemyError | OSError | TimeoutError | ImportError | sqlite3.Error
+        error, Overtaken | SQLAlchemyError | OSError | TimeoutError | ImportError | sqlite3.Error
     ) or type(error).__module__.startswith(("asyncpg", "asyncmy"))
 
 

@@ -6,6 +6,7 @@ options of our own, and go back as they came.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from ..turns import Turns
 from .base import Generic
 from .faults import must_invalidate
-from .sqlite import SQLite
+from .sqlite import SQLite, finished
 
 T = TypeVar("T")
 
@@ -50,7 +51,11 @@ class EngineDatabase:
     async def run(self, work: Callable[[Connection], T], *, write: bool) -> T:
         """One operation on a connection of the pool, in a transaction if it needs one."""
         async with self._turn():
-            return await self._greenlet.run_sync(lambda _: self._work(work, write))
+            running = self._greenlet.run_sync(lambda _: self._work(work, write))
+            if not self._explicit:
+                return await running
+            # a driver with threads: cancelled in the middle, a connection would be lost
+            return await finished(asyncio.ensure_future(running), wait=True)
 
     def _work(self, work: Callable[[Connection], T], write: bool) -> T:
         with self._sync_engine.connect() as conn:
@@ -59,7 +64,7 @@ class EngineDatabase:
                     return SQLite.transact(conn, work, write=write)
                 if write and not self._statements.autocommit:
                     if self._statements.commits_each_statement(conn):
-                        conn.execution_options(isolation_level="READ COMMITTED")
+                        return _in_transaction(conn, work)
                     with conn.begin():
                         return work(conn)
                 return work(conn)
@@ -89,3 +94,16 @@ class EngineDatabase:
         if not self._shared:
             return nullcontext()
         return _turns.of(id(self.engine.pool))
+
+
+def _in_transaction(conn: Connection, work: Callable[[Connection], T]) -> T:
+    """A transaction on a connection in autocommit, which stays as the application has set it."""
+    conn.exec_driver_sql("START TRANSACTION")
+    try:
+        result = work(conn)
+        conn.exec_driver_sql("COMMIT")
+    except Exception:
+        if not conn.invalidated:
+            conn.exec_driver_sql("ROLLBACK")
+        raise
+    return result

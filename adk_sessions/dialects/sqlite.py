@@ -117,17 +117,15 @@ def _enforce_foreign_keys(connection: Any, _record: Any) -> None:
 _of_the_parent: list[_Lane] = []
 
 
-class _Lane:
+class _Worker:
     """One connection and the thread that alone uses it."""
 
     def __init__(self, connect: Callable[[], Connection]) -> None:
         self._connect = connect
         self._connection: Connection | None = None
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="adk_sessions-sqlite")
 
     def submit(self, work: Callable[[Connection], T]) -> asyncio.Future[T]:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="adk_sessions-sqlite")
         return asyncio.get_running_loop().run_in_executor(self._thread, self._work, work)
 
     def _work(self, work: Callable[[Connection], T]) -> T:
@@ -136,16 +134,49 @@ class _Lane:
         return work(self._connection)
 
     async def close(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            await asyncio.get_running_loop().run_in_executor(thread, self._disconnect)
-            thread.shutdown(wait=False)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._disconnect)
+        self._thread.shutdown(wait=False)
 
     def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
             connection.engine.dispose()
+
+
+class _Lane:
+    """Where calls queue for a worker. Closing takes it away whole, with what it has still to do;
+    a call that comes later gets another connection in another thread."""
+
+    def __init__(self, connect: Callable[[], Connection]) -> None:
+        self._connect = connect
+        self._worker: _Worker | None = None
+
+    def submit(self, work: Callable[[Connection], T]) -> asyncio.Future[T]:
+        if self._worker is None:
+            self._worker = _Worker(self._connect)
+        return self._worker.submit(work)
+
+    async def close(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await worker.close()
+
+
+async def finished(future: asyncio.Future[T], *, wait: bool) -> T:
+    """A future's result; when the caller is cancelled the work goes on, unheard, to its end.
+
+    Args:
+        future: work that cannot be stopped half-way.
+        wait: whether the caller goes on only after that end.
+    """
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if wait:
+            await asyncio.wait([future])
+        raise
 
 
 class SQLiteDatabase:
@@ -220,16 +251,8 @@ class SQLiteDatabase:
             _of_the_parent.extend((self._writer, self._reader))
             self._open()
         lane = self._writer if write else self._reader
-        future = lane.submit(work)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            # nobody else will ask for its error
-            future.add_done_callback(lambda done: done.cancelled() or done.exception())
-            if write:
-                # the thread cannot be stopped: it commits or fails before the caller goes on
-                await asyncio.wait([future])
-            raise
+        # the thread cannot be stopped: a write commits or fails before the caller goes on
+        return await finished(lane.submit(work), wait=write)
 
     async def close(self) -> None:
         """Closes the connections; a file is opened again when it is next used."""
