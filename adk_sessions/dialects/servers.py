@@ -51,27 +51,38 @@ class EngineDatabase:
     async def run(self, work: Callable[[Connection], T], *, write: bool) -> T:
         """One operation on a connection of the pool, in a transaction if it needs one."""
         async with self._turn():
-            running = self._greenlet.run_sync(lambda _: self._work(work, write))
-            if not self._explicit:
-                return await running
-            # a driver with threads: cancelled in the middle, a connection would be lost
-            return await finished(asyncio.ensure_future(running), wait=True)
-
-    def _work(self, work: Callable[[Connection], T], write: bool) -> T:
-        with self._sync_engine.connect() as conn:
+            if self._statements.autocommit:
+                return await self._greenlet.run_sync(lambda _: self._borrow(work, write))
+            if self._explicit:
+                # a driver with threads: cancelled in the middle, a connection would be lost
+                running = self._greenlet.run_sync(lambda _: self._borrow(work, write))
+                return await finished(asyncio.ensure_future(running), wait=True)
+            conn = await self.engine.connect()
             try:
-                if self._explicit:
-                    return SQLite.transact(conn, work, write=write)
-                if write and not self._statements.autocommit:
-                    if self._statements.commits_each_statement(conn):
-                        return _in_transaction(conn, work)
-                    with conn.begin():
-                        return work(conn)
-                return work(conn)
-            except Exception as error:
-                if must_invalidate(error):
-                    conn.invalidate()
-                raise
+                return await conn.run_sync(self._work, work, write)
+            finally:
+                # its return to the pool awaits a ROLLBACK, and SQLAlchemy 2.0 loses a connection
+                # that is cancelled there
+                await finished(asyncio.ensure_future(conn.close()), wait=True)
+
+    def _borrow(self, work: Callable[[Connection], T], write: bool) -> T:
+        with self._sync_engine.connect() as conn:
+            return self._work(conn, work, write)
+
+    def _work(self, conn: Connection, work: Callable[[Connection], T], write: bool) -> T:
+        try:
+            if self._explicit:
+                return SQLite.transact(conn, work, write=write)
+            if write and not self._statements.autocommit:
+                if self._statements.commits_each_statement(conn):
+                    return _in_transaction(conn, work)
+                with conn.begin():
+                    return work(conn)
+            return work(conn)
+        except Exception as error:
+            if must_invalidate(error):
+                conn.invalidate()
+            raise
 
     async def submit(self, work: Callable[[Connection], T], *, write: bool) -> T:
         """Runs ``work`` on a connection that it controls itself, transactions included."""
