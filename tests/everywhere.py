@@ -6,18 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+import workers
 
 from adk_sessions.testing import SessionServiceContract
 
-BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "sqlite": ("sqlite", {}),
-    "sqlite-memory": ("sqlite-memory", {}),
-    "postgresql": ("postgresql", {}),
-    "mariadb": ("mariadb", {}),
-    "generic": ("postgresql", {"backend": "generic"}),
-    "pgbouncer": ("pgbouncer", {}),
-}
-SHARED = {"postgresql": "postgres_url", "mariadb": "mariadb_url", "pgbouncer": "pgbouncer_url"}
+# the kit also goes through a pooler
+BACKENDS = {**workers.BACKENDS, "pgbouncer": ("pgbouncer", {})}
+SHARED = {**workers.SHARED, "pgbouncer": "pgbouncer_url"}
 
 
 class OnEveryDatabase(SessionServiceContract):

@@ -6,16 +6,17 @@ import asyncio
 import re
 import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import engine_for
 from servers import free_port
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 import adk_sessions
 from adk_sessions import (
@@ -32,7 +33,6 @@ from adk_sessions import (
     errors,
 )
 from adk_sessions.dialects.faults import Fault, classify, code_of, translate
-from adk_sessions.url import resolve
 
 CLASSES = {
     name: item
@@ -110,16 +110,6 @@ def test_attributes() -> None:
 
 
 # What real databases raise
-
-
-@asynccontextmanager
-async def engine_for(url: str, **options: Any) -> AsyncIterator[AsyncEngine]:
-    target = resolve(url)
-    engine = create_async_engine(target.url, connect_args=target.connect_args, **options)
-    try:
-        yield engine
-    finally:
-        await engine.dispose()
 
 
 async def error_of(call: Awaitable[Any]) -> Exception:

@@ -8,21 +8,21 @@ import sqlite3
 import subprocess
 import sys
 import warnings
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
+from engines import engine_for
 from sqlalchemy import Connection, event, inspect, make_url, text
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from adk_sessions import Event, MigrationLockError, SchemaError, SessionService, migrate
 from adk_sessions.dialects import open_engine, open_url
 from adk_sessions.models import TABLES, models
-from adk_sessions.url import resolve
 
 ROOT = Path(__file__).parent.parent
 KINDS = ["sqlite", "postgresql", "mariadb"]
@@ -30,16 +30,6 @@ SERVERS = ["postgresql", "mariadb"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 NewDatabase = Callable[[str], str]
-
-
-@asynccontextmanager
-async def engine_for(url: str) -> AsyncIterator[AsyncEngine]:
-    target = resolve(url)
-    engine = create_async_engine(target.url, connect_args=target.connect_args)
-    try:
-        yield engine
-    finally:
-        await engine.dispose()
 
 
 async def run(url: str, *statements: str) -> list[Any]:

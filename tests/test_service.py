@@ -8,16 +8,17 @@ import logging
 import math
 import sqlite3
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import engine_for
 from servers import free_port
 from sqlalchemy import event, make_url, text
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from adk_sessions import (
     AlreadyExistsError,
@@ -33,23 +34,12 @@ from adk_sessions import (
     StaleSessionError,
     Store,
 )
-from adk_sessions.url import resolve
 
 SECRET = "the-payload-of-ann"
 every_kind = pytest.mark.parametrize(
     "database_url", ["sqlite", "postgresql", "mariadb"], indirect=True
 )
 on_servers = pytest.mark.parametrize("database_url", ["postgresql", "mariadb"], indirect=True)
-
-
-@asynccontextmanager
-async def engine_for(url: str, **options: Any) -> AsyncIterator[AsyncEngine]:
-    target = resolve(url)
-    engine = create_async_engine(target.url, connect_args=target.connect_args, **options)
-    try:
-        yield engine
-    finally:
-        await engine.dispose()
 
 
 def appending(n: int, **delta: Any) -> Event:

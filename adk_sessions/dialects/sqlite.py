@@ -70,18 +70,24 @@ class SQLite(Generic):
         conn.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
 
     @classmethod
-    def transact(cls, conn: Connection, work: Callable[[Connection], T], *, write: bool) -> T:
-        """Runs ``work`` in one transaction of an AUTOCOMMIT connection."""
+    @contextmanager
+    def transaction(cls, conn: Connection, *, write: bool) -> Iterator[None]:
+        """One transaction of an AUTOCOMMIT connection, all of it or nothing."""
         cls.begin(conn, write=write)
         try:
-            result = work(conn)
+            yield
             conn.exec_driver_sql("COMMIT")
         except BaseException:
             # SQLite has rolled back by itself after some errors, a full disk for one
             if _in_transaction(conn):
                 conn.exec_driver_sql("ROLLBACK")
             raise
-        return result
+
+    @classmethod
+    def transact(cls, conn: Connection, work: Callable[[Connection], T], *, write: bool) -> T:
+        """Runs ``work`` in one transaction of an AUTOCOMMIT connection."""
+        with cls.transaction(conn, write=write):
+            return work(conn)
 
     @contextmanager
     def migrating(self, conn: Connection) -> Iterator[bool]:
@@ -89,16 +95,10 @@ class SQLite(Generic):
         enforced = conn.exec_driver_sql("PRAGMA foreign_keys").scalar()
         conn.exec_driver_sql("PRAGMA foreign_keys = OFF")
         try:
-            self.begin(conn, write=True)
-            try:
+            with self.transaction(conn, write=True):
                 yield True  # the connection is in a transaction, so alembic leaves it alone
                 if conn.exec_driver_sql("PRAGMA foreign_key_check").first() is not None:
                     raise SchemaError("The migration would leave events without their session.")
-                conn.exec_driver_sql("COMMIT")
-            except BaseException:
-                if _in_transaction(conn):
-                    conn.exec_driver_sql("ROLLBACK")
-                raise
         finally:
             conn.exec_driver_sql(f"PRAGMA foreign_keys = {'ON' if enforced else 'OFF'}")
 
@@ -219,11 +219,7 @@ class SQLiteDatabase:
     def in_memory(self) -> bool:
         """Whether the data is gone when the connection is."""
         database = self._url.database or ""
-        return (
-            database in ("", ":memory:")
-            or ":memory:" in database
-            or (self._url.query.get("mode") == "memory")
-        )
+        return not database or ":memory:" in database or self._url.query.get("mode") == "memory"
 
     @property
     def engine(self) -> AsyncEngine:
