@@ -2,13 +2,16 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Processes that run tests side by side, which wait more than they work; ARGS=-n0 runs them in one, for a debugger.
+WORKERS ?= 3
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := bin/python -m pip install -qq
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo check format test test-core test-lowest clean
+.PHONY: help venv demo check format test soak test-core test-lowest bench clean
 
 help:  ## this list
 	@awk -F':.*## *' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,16 +34,24 @@ format: venv  ## mend what `check` can mend
 	.venv/bin/ruff format .
 
 test: venv  ## all tests; ARGS="-k name" chooses
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python $(PYTEST) $(ARGS)
+
+soak: venv  ## the tests that take long: 20 rounds of what `test` does 3 or 5 times
+	ADK_SESSIONS_SOAK=1 .venv/bin/python -m pytest --timeout 900 \
+		tests/test_start.py tests/test_convert.py tests/test_frozen.py tests/test_names.py \
+		tests/test_modes.py tests/test_rls.py tests/test_contract_adk.py $(ARGS)
 
 test-core: .venv-core/installed  ## the tests without google-adk
-	.venv-core/bin/python -m pytest $(ARGS)
+	.venv-core/bin/python $(PYTEST) $(ARGS)
 
 test-lowest: .venv-lowest/installed  ## the same with the lowest versions that pyproject.toml allows
-	.venv-lowest/bin/python -m pytest $(ARGS)
+	.venv-lowest/bin/python $(PYTEST) $(ARGS)
+
+bench: .venv-bench/installed  ## against google-adk's and sqlspec's stores; ARGS=--short, ARGS=--help
+	PYTHONPATH=tests .venv-bench/bin/python -m benchmarks $(ARGS)
 
 clean:  ## remove the environments, the caches and what was built
-	rm -rf .venv .venv-core .venv-lowest build dist *.egg-info
+	rm -rf .venv .venv-core .venv-lowest .venv-bench build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -61,6 +72,11 @@ clean:  ## remove the environments, the caches and what was built
 	.venv-lowest/$(PIP_INSTALL) packaging
 	.venv-lowest/bin/python .ci/lowest.py > .venv-lowest/lowest.txt
 	.venv-lowest/$(PIP_INSTALL) -r .venv-lowest/lowest.txt -e '.[mysql,test]'
+	@touch $@
+
+.venv-bench/installed: pyproject.toml
+	@$(call new-venv,.venv-bench)
+	.venv-bench/$(PIP_INSTALL) -e '.[bench]'
 	@touch $@
 
 define new-venv

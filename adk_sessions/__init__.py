@@ -3,6 +3,7 @@
 from .errors import (
     AlreadyExistsError,
     ConfigurationError,
+    ConversionRefusedError,
     DatabaseError,
     EventConflictError,
     InvalidInputError,
@@ -19,6 +20,7 @@ from .session import Event, EventActions, GetSessionConfig, ListSessionsResponse
 __all__ = [
     "AlreadyExistsError",
     "ConfigurationError",
+    "ConversionRefusedError",
     "DatabaseError",
     "Event",
     "EventActions",

@@ -27,6 +27,7 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import errors
+from .lean import Rules
 from .service import Store
 
 __all__ = [
@@ -35,6 +36,13 @@ __all__ = [
     "SessionNotFoundError",
     "StaleSessionError",
 ]
+
+
+# The options that a service has on an engine too.
+_STORE = {
+    *("backend", "lean_validation", "retry_window", "row_level_security"),
+    *("migrate", "schema", "table_prefix", "tables"),
+}
 
 
 class AlreadyExistsError(errors.AlreadyExistsError, already_exists_error.AlreadyExistsError):
@@ -73,6 +81,16 @@ class DatabaseSessionService(Store[Session, Event], BaseSessionService):
     already_exists = AlreadyExistsError
     not_found = SessionNotFoundError
     stale = StaleSessionError
+    lean_rules = Rules(
+        validators=frozenset(
+            {
+                "google.genai._common.BaseModel._check_field_type_mismatches",
+                "google.adk.events.event.Event._accept_convenience_kwargs",
+            }
+        ),
+        initialisers=frozenset({"google.genai.types.Part"}),
+        shorthand=frozenset({"message", "state", "route", "node_path"}),
+    )
 
     def __init__(
         self,
@@ -88,8 +106,8 @@ class DatabaseSessionService(Store[Session, Event], BaseSessionService):
                 "Exactly one of 'db_url' or 'db_engine' must be provided."
             )
         if db_engine is not None:
-            own = ("backend", "retry_window")
-            options = {name: options[name] for name in own if name in options}
+            # google-adk ignores options with an engine
+            options = {name: options[name] for name in _STORE & options.keys()}
         super().__init__(db_url if uri is None else uri, engine=db_engine, **options)
 
     @property

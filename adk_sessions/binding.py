@@ -6,8 +6,10 @@ No object is converted into another: an append changes the very session that it 
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import uuid
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
 
@@ -16,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from . import clock, codec, errors
 from . import state as states
 from .dialects.rows import Deltas, Key, NewEvent, Snapshot, States, StoredEvent
+from .lean import Rules
 
 
 class EventLike(Protocol):
@@ -54,6 +57,9 @@ class ConfigLike(Protocol):
     def after_timestamp(self) -> float | None: ...
 
 
+# Events or sessions that are worth a pause of the garbage collector.
+_MANY = 20
+
 S = TypeVar("S", bound=SessionLike)
 E = TypeVar("E", bound=EventLike)
 
@@ -63,10 +69,12 @@ class Binding(Generic[S, E]):
 
     Attributes:
         session_type: a pydantic model with the fields of `SessionLike`, its private attribute
-            ``_storage_update_marker`` among them; made with app_name, user_id, id and state.
+            ``_storage_update_marker`` among them; made with app_name, user_id, id, state and
+            last_update_time.
         event_type: a pydantic model with the fields of `EventLike`.
         list_type: what `list_sessions` returns, made with sessions.
         already_exists, not_found, stale: the errors to raise, subclasses of this package's.
+        lean_rules: what ``lean_validation`` leaves out when an event is read.
     """
 
     session_type: ClassVar[type[Any]]
@@ -75,6 +83,9 @@ class Binding(Generic[S, E]):
     already_exists: ClassVar[type[errors.AlreadyExistsError]] = errors.AlreadyExistsError
     not_found: ClassVar[type[errors.SessionNotFoundError]] = errors.SessionNotFoundError
     stale: ClassVar[type[errors.StaleSessionError]] = errors.StaleSessionError
+    lean_rules: ClassVar[Rules | None] = None
+
+    _validate_json: Callable[[str], Any] | None = None
 
     def _new_id(self) -> str:
         return str(uuid.uuid4())
@@ -87,24 +98,24 @@ class Binding(Generic[S, E]):
             f"Session {session.id!r} not found. Create it before appending to it."
         )
 
-    def _catch_up(self, session: S, event: E, found: Snapshot, since: datetime) -> None:
+    def _catch_up(self, session: S, events: Sequence[E], found: Snapshot, since: datetime) -> None:
         """Brings what a session has missed into it: events after its revision, and the state."""
         known = {known.id for known in session.events}
         missed = [row for row in found.events if row.timestamp > since and row.id not in known]
-        if [row.id for row in missed] == [event.id] and found.update_time == missed[0].timestamp:
-            self._commit(session, event)  # the reply to this very append was lost
+        own = {event.id: event for event in events}
+        if [row.id for row in missed] == list(own) and found.update_time == missed[-1].timestamp:
+            for event in events:  # the reply to this very append was lost
+                self._commit(session, event)
         else:
-            delta = _delta(event)
             if found.update_time != since:
                 temp = states.only_temp(session.state)
-                session.events.extend(
-                    event if row.id == event.id else self._event(row) for row in missed
-                )
+                session.events.extend(own.get(row.id) or self._event(row) for row in missed)
                 session.state.clear()
                 session.state.update(states.merge(_scopes(found.states)) | temp)
-            session.state.update(states.only_temp(delta))
-            if delta:
-                event.actions.state_delta = states.without_temp(delta)
+            for event in events:
+                if delta := _delta(event):
+                    session.state.update(states.only_temp(delta))
+                    event.actions.state_delta = states.without_temp(delta)
         self._remember(session, found.update_time)
 
     def _commit(self, session: S, event: E) -> None:
@@ -120,16 +131,19 @@ class Binding(Generic[S, E]):
         session._storage_update_marker = clock.to_marker(revision)
 
     def _events(self, found: Snapshot, after: float | None) -> list[E]:
-        events = [self._event(row) for row in found.events]
+        with uncollected(len(found.events)):
+            events = [self._event(row) for row in found.events]
         if after is None:
             return events
         return [event for event in events if event.timestamp >= after]
 
     def _event(self, row: StoredEvent) -> E:
-        event: E | None = None
-        with contextlib.suppress(ValidationError, ValueError):
-            event = cast(E, codec.load_event(self.event_type, row.data, row.exact))
-        if event is None:  # the validation's own error would quote the row
+        event: E | None
+        try:
+            event = codec.load_event(self.event_type, row.data, row.exact, self._validate_json)
+        except (ValidationError, ValueError):
+            event = None  # the error itself would quote the row, and be in the chain
+        if event is None:
             raise errors.DatabaseError(f"The stored event {row.id!r} cannot be read.")
         # the row's own columns win, as in google-adk; a payload may lack them
         if event.id != row.id:
@@ -143,23 +157,40 @@ class Binding(Generic[S, E]):
     def _session(
         self, key: Key, stored: States, revision: datetime, events: list[E] | None = None
     ) -> S:
-        session = self._bare_session(key, _scopes(stored), revision)
+        session = self._bare_session(key, states.merge(_scopes(stored)), revision)
         if events:
             session.events.extend(events)
         return session
 
-    def _bare_session(self, key: Key, scopes: states.Scopes, revision: datetime) -> S:
+    def _bare_session(self, key: Key, state: dict[str, Any], revision: datetime) -> S:
         session = cast(
             S,
             self.session_type(
                 app_name=key.app_name,
                 user_id=key.user_id,
                 id=key.session_id,
-                state=states.merge(scopes),
+                state=state,
+                last_update_time=clock.to_epoch(revision),
             ),
         )
-        self._remember(session, revision)
+        session._storage_update_marker = clock.to_marker(revision)
         return session
+
+
+@contextlib.contextmanager
+def uncollected(objects: int) -> Iterator[None]:
+    """Keeps the garbage collector from looking, again and again, at a long result half made.
+
+    All of it is alive, and the looking takes as long as the making. Nothing is awaited meanwhile.
+    """
+    pause = objects > _MANY and gc.isenabled()
+    if pause:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if pause:
+            gc.enable()
 
 
 def _scopes(stored: States) -> states.Scopes:
@@ -178,17 +209,22 @@ def encode_deltas(state: dict[str, Any], field: str) -> Deltas:
     )
 
 
-def encode_event(event: EventLike) -> tuple[NewEvent, Deltas]:
-    """An event's row and deltas. ``temp:`` keys are left out, the event itself as it is."""
-    delta = _delta(event)
-    model = cast(BaseModel, event)
-    if states.only_temp(delta):
-        trimmed = event.actions.model_copy(update={"state_delta": states.without_temp(delta)})
-        model = model.model_copy(update={"actions": trimmed})
-    row = NewEvent(
-        event.id,
-        event.invocation_id,
-        clock.to_datetime(event.timestamp),
-        codec.dump_event(model),
-    )
-    return row, encode_deltas(delta, "event.actions.state_delta")
+def encode_events(events: Sequence[EventLike]) -> tuple[list[NewEvent], Deltas]:
+    """Rows of events, and what all of them together set in the three scopes.
+
+    ``temp:`` keys are left out, the events themselves as they are.
+    """
+    rows: list[NewEvent] = []
+    together: dict[str, Any] = {}
+    for event in events:
+        delta = _delta(event)
+        together |= delta
+        model = cast(BaseModel, event)
+        if states.only_temp(delta):
+            trimmed = event.actions.model_copy(update={"state_delta": states.without_temp(delta)})
+            model = model.model_copy(update={"actions": trimmed})
+        time = clock.to_datetime(event.timestamp)
+        if rows:
+            time = max(time, clock.just_after(rows[-1].timestamp))
+        rows.append(NewEvent(event.id, event.invocation_id, time, codec.dump_event(model)))
+    return rows, encode_deltas(together, "event.actions.state_delta")

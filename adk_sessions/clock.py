@@ -6,20 +6,21 @@ from datetime import UTC, datetime, timedelta
 
 EPOCH = datetime(1970, 1, 1)
 _LATEST = datetime(9000, 1, 1)
+_LATEST_EPOCH = (_LATEST - EPOCH).total_seconds()
 
 
 def to_datetime(timestamp: float) -> datetime:
     """A moment as tables hold it; one outside the years 1970 to 9000 becomes the nearest there."""
     if not timestamp > 0:  # NaN too
         return EPOCH
-    if timestamp >= to_epoch(_LATEST):
+    if timestamp >= _LATEST_EPOCH:
         return _LATEST
     return datetime.fromtimestamp(timestamp, UTC).replace(tzinfo=None)
 
 
 def to_epoch(moment: datetime) -> float:
     """Seconds since the epoch."""
-    return moment.replace(tzinfo=UTC).timestamp()
+    return (moment - EPOCH).total_seconds()
 
 
 def to_marker(moment: datetime) -> str:
@@ -34,6 +35,11 @@ def from_marker(marker: str) -> datetime | None:
     except (TypeError, ValueError):
         return None
     return moment if moment.tzinfo is None else None
+
+
+def just_after(moment: datetime) -> datetime:
+    """A microsecond later."""
+    return moment + timedelta(microseconds=1)
 
 
 def just_before(moment: datetime) -> datetime:

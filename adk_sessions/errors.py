@@ -8,7 +8,8 @@
     ├── StaleSessionError (ValueError)       somebody else appended meanwhile: reload, then repeat
     ├── EventConflictError                   this event id is stored with other content
     ├── SchemaError                          the tables are not what this release works with
-    │   └── MigrationLockError               another process held the migration lock for too long
+    │   ├── MigrationLockError               another process held the migration lock for too long
+    │   └── ConversionRefusedError           rows of an old layout are not sound: .rows .more
     └── DatabaseError                        the database or the way to it failed:
         │                                    .retryable .code .driver_error
         └── OutcomeUnknownError              the connection broke while a commit was under way
@@ -20,9 +21,12 @@ quotes rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AlreadyExistsError",
     "ConfigurationError",
+    "ConversionRefusedError",
     "DatabaseError",
     "EventConflictError",
     "InvalidInputError",
@@ -33,6 +37,10 @@ __all__ = [
     "SessionStoreError",
     "StaleSessionError",
 ]
+
+
+# Of the rows that a conversion refuses, so many are in the message.
+_SHOWN = 20
 
 
 class SessionStoreError(Exception):
@@ -81,7 +89,30 @@ class SchemaError(SessionStoreError):
 
 
 class MigrationLockError(SchemaError):
-    """Another process has been migrating this database for too long. Look for a migration that hangs, then try again."""  # noqa: E501
+    """Another process has been migrating this database, or holding its tables, for too long. Look for a migration that hangs or a transaction that is idle, then try again."""  # noqa: E501
+
+
+class ConversionRefusedError(SchemaError):
+    """Rows cannot be converted as they are; nothing was replaced.
+
+    Attributes:
+        rows: the first thousand of them, each a `convert.Refused`.
+        more: how many more there are.
+    """
+
+    def __init__(self, rows: tuple[Any, ...], more: int = 0) -> None:
+        self.rows, self.more = rows, more
+        lines = [
+            f"  {r.app_name!r} {r.user_id!r} {r.session_id!r} {r.event_id!r}: {r.reason}"
+            for r in rows[:_SHOWN]
+        ]
+        if (rest := len(rows) + more - _SHOWN) > 0:
+            lines.append(f"  and {rest} more")
+        super().__init__(
+            f"{len(rows) + more} rows cannot be converted (app, user, session, event); nothing was"
+            " replaced. Mend them, or convert them without what is refused in them:\n"
+            + "\n".join(lines)
+        )
 
 
 class DatabaseError(SessionStoreError):

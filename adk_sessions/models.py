@@ -7,6 +7,7 @@ makes the tables; ``metadata.create_all`` is never called.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,9 +18,67 @@ from sqlalchemy import ForeignKeyConstraint, Index, MetaData, Table, desc
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from .checks import KEY_LENGTH, TEXT_LENGTH
-from .dialects.types import Json, Timestamp, key_text, long_text
+from .dialects.types import Json, KeyText, Timestamp, long_text
+from .errors import ConfigurationError
 
 TABLES = ("sessions", "events", "app_states", "user_states", "adk_internal_metadata")
+VERSION_TABLE = "adk_sessions_version"
+INDEX = "idx_events_app_user_session_ts_id"
+
+_PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,29}")  # an index's name holds it too: 63 bytes
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where the tables are and what they are called.
+
+    Attributes:
+        schema: the database schema (on MySQL and MariaDB: the database) that holds the tables,
+            None for the connection's own.
+        table_prefix: put before each table's and index's name.
+        tables: pairs of a table's name here and its name in a database whose tables the host
+            application owns.
+    """
+
+    schema: str | None = None
+    table_prefix: str = ""
+    tables: tuple[tuple[str, str], ...] = ()
+
+    def of(self, name: str) -> str:
+        """The name in the database of a table, or of an index, as `TABLES` calls it."""
+        return dict(self.tables).get(name, self.table_prefix + name)
+
+    @property
+    def host_owned(self) -> bool:
+        """Whether the tables are another application's to migrate."""
+        return bool(self.tables)
+
+
+def names(
+    schema: str | None = None, table_prefix: str = "", tables: Mapping[str, str] | None = None
+) -> Names:
+    """Checks and bundles the three arguments of a service that say where its tables are.
+
+    Raises:
+        ConfigurationError: a name cannot be one, or two tables share one.
+    """
+    if schema is not None and not (isinstance(schema, str) and _NAME.fullmatch(schema)):
+        raise ConfigurationError("schema must be a name: letters, digits, _ $ -, at most 63")
+    if table_prefix and not (isinstance(table_prefix, str) and _PREFIX.fullmatch(table_prefix)):
+        raise ConfigurationError("table_prefix must be letters, digits and _, at most 30")
+    owned = dict(tables or {})
+    if unknown := owned.keys() - set(TABLES):
+        raise ConfigurationError(
+            f"tables: there is no table {sorted(map(str, unknown))[0]!r} here, only"
+            f" {', '.join(TABLES)}"
+        )
+    if wrong := [key for key, name in owned.items() if not _NAME.fullmatch(str(name))]:
+        raise ConfigurationError(f"tables: the name for {wrong[0]} cannot be one of a table")
+    found = Names(schema, table_prefix or "", tuple(sorted(owned.items())))
+    if len({found.of(table) for table in TABLES}) < len(TABLES):
+        raise ConfigurationError("tables: two tables have the same name")
+    return found
 
 
 @dataclass(frozen=True)
@@ -27,11 +86,13 @@ class Models:
     """The five mapped classes over one set of table names.
 
     Attributes:
+        names: where they are.
         base: their declarative base; ``base.metadata`` holds the five tables alone.
         session, event, app_state, user_state, internal_metadata: the mapped classes.
         sessions, events, app_states, user_states: the tables behind them.
     """
 
+    names: Names
     base: type[DeclarativeBase]
     session: type[Any]
     event: type[Any]
@@ -49,33 +110,41 @@ class Models:
         return self.base.metadata
 
 
-@cache
-def models(schema: str | None = None, table_prefix: str = "") -> Models:
+def models(
+    schema: str | None = None, table_prefix: str = "", tables: Mapping[str, str] | None = None
+) -> Models:
     """The models for one place in a database; the same object for the same arguments.
 
     Args:
         schema: the database schema that holds the tables, None for the connection's own.
         table_prefix: put before each table's and index's name.
+        tables: other names, by name, for tables that the host application owns.
+
+    Raises:
+        ConfigurationError: a name cannot be one.
     """
+    return models_of(names(schema, table_prefix, tables))
+
+
+@cache
+def models_of(where: Names) -> Models:
+    """The models for a place that was checked already."""
 
     class Base(DeclarativeBase):
-        metadata = MetaData(schema=schema)
-
-    def named(table: str) -> str:
-        return table_prefix + table
+        metadata = MetaData(schema=where.schema)
 
     class StoredSession(Base):
-        __tablename__ = named("sessions")
+        __tablename__ = where.of("sessions")
 
-        app_name: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
-        user_id: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
-        id: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
+        app_name: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        user_id: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        id: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
         state: Mapped[Mapping[str, Any]] = mapped_column(Json)
         create_time: Mapped[datetime] = mapped_column(Timestamp)
         update_time: Mapped[datetime] = mapped_column(Timestamp)
 
     class StoredEvent(Base):
-        __tablename__ = named("events")
+        __tablename__ = where.of("events")
         __table_args__ = (
             ForeignKeyConstraint(
                 ["app_name", "user_id", "session_id"],
@@ -83,7 +152,7 @@ def models(schema: str | None = None, table_prefix: str = "") -> Models:
                 ondelete="CASCADE",
             ),
             Index(
-                named("idx_events_app_user_session_ts_id"),
+                where.of(INDEX),
                 "app_name",
                 "user_id",
                 "session_id",
@@ -92,39 +161,40 @@ def models(schema: str | None = None, table_prefix: str = "") -> Models:
             ),
         )
 
-        id: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
-        app_name: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
-        user_id: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
-        session_id: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
-        invocation_id: Mapped[str] = mapped_column(key_text(TEXT_LENGTH))
+        id: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        app_name: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        user_id: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        session_id: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        invocation_id: Mapped[str] = mapped_column(KeyText(TEXT_LENGTH))
         timestamp: Mapped[datetime] = mapped_column(Timestamp)
         event_data: Mapped[Mapping[str, Any] | None] = mapped_column(Json)
         event_exact: Mapped[str | None] = mapped_column(long_text())
 
     class StoredAppState(Base):
-        __tablename__ = named("app_states")
+        __tablename__ = where.of("app_states")
 
-        app_name: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
+        app_name: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
         state: Mapped[Mapping[str, Any]] = mapped_column(Json)
         update_time: Mapped[datetime] = mapped_column(Timestamp)
 
     class StoredUserState(Base):
-        __tablename__ = named("user_states")
+        __tablename__ = where.of("user_states")
 
-        app_name: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
-        user_id: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
+        app_name: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        user_id: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
         state: Mapped[Mapping[str, Any]] = mapped_column(Json)
         update_time: Mapped[datetime] = mapped_column(Timestamp)
 
     class StoredMetadata(Base):
-        __tablename__ = named("adk_internal_metadata")
+        __tablename__ = where.of("adk_internal_metadata")
 
-        key: Mapped[str] = mapped_column(key_text(KEY_LENGTH), primary_key=True)
-        value: Mapped[str] = mapped_column(key_text(TEXT_LENGTH))
+        key: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        value: Mapped[str] = mapped_column(KeyText(TEXT_LENGTH))
 
     mapped: list[Any] = [StoredSession, StoredEvent, StoredAppState, StoredUserState]
     sessions, events, app_states, user_states = (model.__table__ for model in mapped)
     return Models(
+        where,
         Base,
         *(StoredSession, StoredEvent, StoredAppState, StoredUserState, StoredMetadata),
         *(sessions, events, app_states, user_states),

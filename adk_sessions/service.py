@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
+from operator import itemgetter
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel
 from sqlalchemy import URL, Connection
@@ -21,10 +22,11 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from . import checks, clock, codec, errors
 from . import state as states
-from .binding import Binding, ConfigLike, E, S, encode_deltas, encode_event
+from .binding import Binding, ConfigLike, E, S, encode_deltas, encode_events, uncollected
 from .dialects import Backend, Synchronous, open_engine, open_url
 from .dialects.faults import Fault, classify, translate
 from .dialects.rows import Deltas, Key, NewEvent, Snapshot, States
+from .lean import Lean
 from .models import models
 from .retry import WINDOW, Retry
 from .session import Event, ListSessionsResponse, Session
@@ -34,9 +36,13 @@ __all__ = ["SessionService", "Store"]
 
 T = TypeVar("T")
 
+Mode = Literal["auto", "check", "off"]
+
 # Tries of an append that is refused though nobody has moved the session: each needs another
 # writer whose transaction was rolled back at the wrong moment.
 _TRIES = 8
+# Events of one batch: databases limit the parameters of a statement.
+_LARGEST_BATCH = 10_000
 
 
 class Store(Binding[S, E]):
@@ -54,6 +60,25 @@ class Store(Binding[S, E]):
             append over a power loss, ``NORMAL`` over a crash of the process, and is faster.
         retry_window: seconds in which each statement of a call is repeated after a conflict or a
             lost connection; 0 never repeats.
+        migrate: what the first call does about the schema. ``auto`` brings it to this release's
+            revision, at the cost of one query if it is there. ``check`` changes nothing and raises
+            `SchemaError` if it is at any other revision. ``off`` asks nothing: the schema is
+            promised to be as `validate_schema` wants it. None is ``auto``, but ``check`` where the
+            URL says that a pooler in transaction mode stands between (``pgbouncer=true``), since a
+            lock for the migration cannot be held there, and ``off`` with ``tables``.
+        schema: the database schema (on MySQL and MariaDB: the database) that holds the tables;
+            None for the connection's own.
+        table_prefix: put before the names of tables and indexes: letters, digits and ``_``.
+        tables: names of tables that the host application owns and migrates itself, by the names
+            that they have here: ``{"sessions": "chat_sessions", "events": "chat_events", …}``.
+        row_level_security: sets ``adk_sessions.app_name`` and ``adk_sessions.user_id`` in each
+            transaction, for the policies that ``adk-sessions sql --rls`` prints; for databases that
+            have such policies; that they are there, and bind the role, is seen to by the first
+            call. Empty ids, and listing the sessions of all users, are refused.
+        lean_validation: reads events without the validators of their class that only warn or accept
+            shorthand (for google-adk's a few times faster). It needs a private switch of pydantic.
+            The first events are validated both ways: where the results are not equal, or the switch
+            is gone, a warning is logged and validation is the usual one.
         options: of ``sqlalchemy.ext.asyncio.create_async_engine``, such as ``pool_size``,
             ``max_overflow``, ``pool_timeout``, ``pool_recycle``, ``connect_args``. Those that shape
             a pool mean nothing to SQLite, where a file has one connection to read and one to write.
@@ -70,6 +95,12 @@ class Store(Binding[S, E]):
         backend: Backend = "auto",
         sqlite_synchronous: Synchronous = "FULL",
         retry_window: float = WINDOW,
+        migrate: Mode | None = None,
+        schema: str | None = None,
+        table_prefix: str = "",
+        tables: Mapping[str, str] | None = None,
+        row_level_security: bool = False,
+        lean_validation: bool = False,
         **options: Any,
     ) -> None:
         if not hasattr(self, "session_type"):
@@ -84,10 +115,11 @@ class Store(Binding[S, E]):
             raise errors.ConfigurationError(
                 "url must be a string or a URL, and an engine an AsyncEngine, passed as engine="
             )
-        tables = models()
+        self.models = models(schema, table_prefix, tables)
+        path: dict[str, Any] = {"backend": backend, "row_level_security": row_level_security}
         if engine is None and url is not None:
             self._database, self._statements = open_url(
-                url, tables, backend=backend, sqlite_synchronous=sqlite_synchronous, **options
+                url, self.models, **path, sqlite_synchronous=sqlite_synchronous, **options
             )
         elif engine is not None and url is None:
             if sqlite_synchronous != "FULL":
@@ -96,12 +128,28 @@ class Store(Binding[S, E]):
                 raise errors.ConfigurationError(
                     f"{', '.join(sorted(options))}: options are for an engine made from a URL"
                 )
-            self._database, self._statements = open_engine(engine, tables, backend=backend)
+            self._database, self._statements = open_engine(engine, self.models, **path)
         else:
             raise errors.ConfigurationError("Exactly one of 'url' or 'engine' must be provided.")
+        self._migrate = self._mode(migrate)
+        self._isolated = row_level_security
         self._retry = Retry(retry_window)
         self._turns = Turns()
+        if lean_validation:
+            self._validate_json = Lean(self.event_type, self.lean_rules)
         self._prepared = False
+
+    def _mode(self, given: Mode | None) -> Mode:
+        if given not in ("auto", "check", "off", None):
+            raise errors.ConfigurationError("migrate must be 'auto', 'check' or 'off'")
+        if self.models.names.host_owned:
+            if given not in ("off", None):
+                raise errors.ConfigurationError(
+                    "Tables that the host application owns are migrated by the host application:"
+                    " migrate must be 'off'."
+                )
+            return "off"
+        return given or ("check" if self._database.behind_pooler else "auto")
 
     # --- life cycle ----------------------------------------------------------------------------
 
@@ -117,12 +165,13 @@ class Store(Binding[S, E]):
         await self.close()
 
     async def prepare_tables(self) -> None:
-        """Makes or upgrades the tables; called by every operation, so calling it is optional.
+        """Sees to the tables as ``migrate`` says; every operation calls it, so calling is optional.
 
         Any number of services and processes may do so at once. Later calls cost nothing.
 
         Raises:
-            SchemaError: the database holds tables that cannot be used.
+            SchemaError: the tables are not at this release's revision, and may not or cannot be
+                brought to it; the message says what to run.
             MigrationLockError: another process migrates for more than a minute.
             DatabaseError: the database refused or could not be reached.
         """
@@ -130,13 +179,36 @@ class Store(Binding[S, E]):
             return
         async with self._turns.of("prepare"):
             if not self._prepared:
-                # alembic is imported by whoever finds something to do, not by every start
-                from . import migrate
-
-                await self._retry(
-                    lambda: migrate.upgrade(self._database, self._statements), write=False
-                )
+                if self._migrate != "off":
+                    await self._retry(self._prepare, write=False)
+                if self._isolated:
+                    await self._run(self._statements.require_policies, write=False)
                 self._prepared = True
+
+    async def _prepare(self) -> None:
+        # alembic is imported by whoever finds something to do, not by every start
+        from . import migrate
+
+        if self._migrate == "check":
+            await migrate.require_head(self._database, self.models.names)
+        else:
+            await migrate.bring_to_head(self._database, self._statements, self.models.names)
+
+    async def validate_schema(self) -> None:
+        """Compares the live schema with what this release works on; reads catalogs, writes nothing.
+
+        For a service's start, in any mode of ``migrate``: where the host application owns the
+        tables, nothing else looks at them.
+
+        Raises:
+            SchemaError: every difference, by table and column, in one message.
+            DatabaseError: the database could not be reached.
+        """
+        from . import validate
+
+        await self._retry(
+            lambda: validate.validate_schema(self._database, self.models), write=False
+        )
 
     async def ping(self, *, timeout: float = 5.0) -> None:
         """Returns if the database answers: for readiness probes.
@@ -295,20 +367,22 @@ class Store(Binding[S, E]):
             lambda conn: self._statements.listing(conn, app_name, user_id), write=False
         )
         app = codec.load_state(found.app_state)
-        users = {user: codec.load_state(text) for user, text in found.user_states.items()}
-        sessions = [
-            self._bare_session(
-                Key(app_name, row.user_id, row.id),
-                states.Scopes(
-                    states.copied(app),
-                    states.copied(users.get(row.user_id, {})),
-                    codec.load_state(row.state),
-                ),
-                row.update_time,
-            )
-            for row in sorted(found.sessions, key=lambda row: (row.update_time, row[:2]))
-        ]
-        return self.list_type(sessions=sessions)
+        wider = {
+            user: states.merge(states.Scopes(app, codec.load_state(text), {}))
+            for user, text in found.user_states.items()
+        }
+        alone = states.merge(states.Scopes(app, {}, {}))
+        with uncollected(len(found.sessions)):
+            sessions = [
+                self._bare_session(
+                    Key(app_name, row.user_id, row.id),
+                    # what sessions share is each one's own in memory
+                    codec.load_state(row.state) | states.copied(wider.get(row.user_id, alone)),
+                    row.update_time,
+                )
+                for row in sorted(found.sessions, key=itemgetter(2, 0, 1))
+            ]
+            return self.list_type(sessions=sessions)
 
     async def delete_session(self, app_name: str, user_id: str, session_id: str) -> None:
         """Deletes a session and its events, if there is such a one; wider state stays.
@@ -383,22 +457,71 @@ class Store(Binding[S, E]):
                 timestamp counts.
             InvalidInputError: a field cannot be stored; nothing was written.
         """
-        if not isinstance(session, BaseModel) or not isinstance(event, BaseModel):
-            raise errors.InvalidInputError(
-                f"append_event takes a {self.session_type.__name__} and an"
-                f" {self.event_type.__name__}",
-                field="session" if isinstance(event, BaseModel) else "event",
-            )
+        self._check_types(session, "append_event", event)
         if event.partial:
             return event
+        await self._append(session, [event])
+        return event
+
+    async def append_events(self, session: S, events: Iterable[E]) -> list[E]:
+        """Appends a batch of events to a session in one transaction: all of them or none.
+
+        Much faster than one by one: for importing a history, or for what an agent has produced
+        while nobody needed to see it. In storage and in ``session`` it is as if each had been
+        appended in turn; nobody reads a session with some of them. The same batch again changes
+        nothing, as with `append_event`.
+
+        Args:
+            session: the session as it was created, read or listed; it is changed in place.
+            events: in the order in which they are to be read; at most 10,000, each with an id of
+                its own. Those that are ``partial`` are left out.
+
+        Returns:
+            The events as a list, the partial ones too.
+
+        Raises:
+            SessionNotFoundError, StaleSessionError: as `append_event`.
+            EventConflictError: some of the events are stored already, or one of the ids with other
+                content. Nothing was stored.
+            InvalidInputError: a field cannot be stored, an id is there twice, or there are too many
+                events; nothing was written.
+        """
+        if not isinstance(events, Iterable):
+            raise errors.InvalidInputError(
+                f"append_events takes a list of {self.event_type.__name__}", field="events"
+            )
+        given = list(events)
+        self._check_types(session, "append_events", *given)
+        new = [event for event in given if not event.partial]
+        if len(new) > _LARGEST_BATCH:
+            raise errors.InvalidInputError(
+                f"append_events takes at most {_LARGEST_BATCH:,} events", field="events"
+            )
+        if len({event.id for event in new}) < len(new):
+            raise errors.InvalidInputError("two events of a batch have one id", field="events")
+        if new:
+            await self._append(session, new)
+        return given
+
+    def _check_types(self, session: object, method: str, *events: object) -> None:
+        wrong = None if all(isinstance(event, BaseModel) for event in events) else "event"
+        if wrong or not isinstance(session, BaseModel):
+            raise errors.InvalidInputError(
+                f"{method} takes a {self.session_type.__name__} and an {self.event_type.__name__}",
+                field=wrong or "session",
+            )
+
+    async def _append(self, session: S, events: list[E]) -> None:
         key = self._checked(session.app_name, session.user_id, session.id)
-        checks.check_event(event)
+        for event in events:
+            checks.check_event(event)
         await self.prepare_tables()
         async with self._turns.of(key):
-            return await self._append(key, session, event)
+            await self._append_next(key, session, events)
 
-    async def _append(self, key: Key, session: S, event: E) -> E:
-        new, deltas = encode_event(event)
+    async def _append_next(self, key: Key, session: S, events: list[E]) -> None:
+        new, deltas = encode_events(events)
+        ids = [event.id for event in events]
         marker = session._storage_update_marker
         expected = None if marker is None else clock.from_marker(marker)
         for _ in range(_TRIES):
@@ -414,21 +537,25 @@ class Store(Binding[S, E]):
                 except IntegrityError as error:
                     taken = error
             if revision is not None:
-                self._commit(session, event)
+                for event in events:
+                    self._commit(session, event)
                 self._remember(session, revision)
-                return event
+                return
             since = expected or clock.to_datetime(session.last_update_time)
-            found = await self._run(self._catching_up(key, since, event.id), write=False)
+            found = await self._run(self._catching_up(key, since, ids), write=False)
             if found is None:
                 raise self._missing(session)
-            stored = next((row for row in found.events if row.id == event.id), None)
-            if stored is not None:
-                if not codec.same_event(
-                    new.text, codec.EventText(stored.data or "{}", stored.exact)
-                ):
+            stored = {row.id: codec.EventText(row.data or "{}", row.exact) for row in found.events}
+            same = [event.id in stored for event in new]
+            if any(same):
+                if not all(same):
+                    raise errors.EventConflictError(
+                        "Some events of the batch are stored already: append only the others."
+                    )
+                if not all(codec.same_event(event.text, stored[event.id]) for event in new):
                     raise errors.EventConflictError
-                self._catch_up(session, event, found, since)
-                return event
+                self._catch_up(session, events, found, since)
+                return
             if taken is not None:
                 raise translate(taken, unknown=False) from None
             if expected is None or (marker is not None and found.update_time != expected):
@@ -438,14 +565,14 @@ class Store(Binding[S, E]):
         raise self.stale
 
     def _appending(
-        self, key: Key, expected: datetime, new: NewEvent, deltas: Deltas
+        self, key: Key, expected: datetime, new: list[NewEvent], deltas: Deltas
     ) -> Callable[[Connection], datetime | None]:
         return lambda conn: self._statements.append(conn, key, expected, new, deltas)
 
     def _catching_up(
-        self, key: Key, since: datetime, event_id: str
+        self, key: Key, since: datetime, event_ids: list[str]
     ) -> Callable[[Connection], Snapshot | None]:
-        return lambda conn: self._statements.catch_up(conn, key, since, event_id)
+        return lambda conn: self._statements.catch_up(conn, key, since, event_ids)
 
     async def _matching_revision(self, key: Key, session: S) -> datetime | None:
         """The stored revision, if a session without a marker can be said to be at it.

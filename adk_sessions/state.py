@@ -7,7 +7,6 @@ session. Storage holds the keys of a scope without its prefix, callers see them 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -40,17 +39,26 @@ def split(state: Mapping[str, Any]) -> Scopes:
 def merge(scopes: Scopes) -> dict[str, Any]:
     """The one dict a caller sees; a session key can never shadow one of the wider scopes."""
     merged = dict(scopes.session)
-    merged.update((APP_PREFIX + key, value) for key, value in scopes.app.items())
-    merged.update((USER_PREFIX + key, value) for key, value in scopes.user.items())
+    for key, value in scopes.app.items():
+        merged[APP_PREFIX + key] = value
+    for key, value in scopes.user.items():
+        merged[USER_PREFIX + key] = value
     return merged
 
 
 def copied(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy whose nested dicts and lists are its own."""
+    """A copy of decoded JSON, with nested dicts and lists of its own."""
+    # several times as fast as copy.deepcopy, which looks for what cannot be in JSON
     return {
-        key: copy.deepcopy(value) if isinstance(value, dict | list) else value
+        key: _copied(value) if isinstance(value, dict | list) else value
         for key, value in state.items()
     }
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return copied(value)
+    return [_copied(item) if isinstance(item, dict | list) else item for item in value]
 
 
 def only_temp(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,11 @@ from servers import (
     run_mariadb,
     run_pgbouncer,
     run_postgres,
+    run_sync,
     unique_name,
 )
+
+from adk_sessions import migrate
 
 pytest.register_assert_rewrite("adk_sessions.testing")
 
@@ -72,10 +75,22 @@ def mariadb_url(mariadb: MariaDB) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def pgbouncer_url(postgres: Postgres, postgres_url: str) -> Iterator[str]:
-    """The database of `postgres_url` through a pooler in transaction mode."""
+    """The database of `postgres_url` through a pooler in transaction mode; the tables are there.
+
+    They cannot be made through it.
+    """
+    run_sync(migrate.upgrade(postgres_url))
     with _or_skip() as stack:
         pgbouncer = stack.enter_context(run_pgbouncer(postgres))
         yield pgbouncer.url(postgres_url.rpartition("/")[2])
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite file with the tables and no rows, to be copied."""
+    path = tmp_path_factory.mktemp("migrated") / "empty.db"
+    run_sync(migrate.upgrade(f"sqlite:///{path}"))
+    return path
 
 
 @pytest.fixture

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
 import workers
+from sqlalchemy import make_url
 
 from adk_sessions.testing import SessionServiceContract
 
 # the kit also goes through a pooler
 BACKENDS = {**workers.BACKENDS, "pgbouncer": ("pgbouncer", {})}
 SHARED = {**workers.SHARED, "pgbouncer": "pgbouncer_url"}
+
+
+SOAK = os.environ.get("ADK_SESSIONS_SOAK") == "1"
+# What stands for the whole kit where another class runs all of it on the same database.
+REPRESENTATIVE = {
+    "test_a_created_session_reads_back_equal",
+    "test_ids_belong_to_their_user_and_session",
+    "test_delete_keeps_the_wider_scopes",
+    "test_state_is_seen_in_its_scope_only",
+    "test_every_field_of_an_event_comes_back",
+    "test_nul_in_a_text_field_comes_back",
+    "test_events_keep_the_order_of_appends",
+    "test_event_timestamps_are_exact",
+    "test_an_event_is_stored_once",
+}
+# For the body of a class: takes the other cases out of it; ADK_SESSIONS_SOAK=1 leaves them in.
+PART: dict[str, None] = {
+    name: None
+    for name in dir(SessionServiceContract)
+    if name.startswith("test_") and name not in REPRESENTATIVE and not SOAK
+}
 
 
 class OnEveryDatabase(SessionServiceContract):
@@ -35,6 +59,9 @@ class OnEveryDatabase(SessionServiceContract):
         kind, options = BACKENDS[backend]
         shared = SHARED.get(kind)
         url = request.getfixturevalue(shared) if shared else fresh_database(kind)
+        if kind == "sqlite":  # a file for each test, but migrated only once
+            template = request.getfixturevalue("migrated_file")
+            shutil.copy(template, make_url(url).database or "")
         if kind == "pgbouncer":
             url += "?pgbouncer=true"
         return lambda: self.make(url, **options)

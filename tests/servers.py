@@ -206,8 +206,14 @@ class Server:
 # PostgreSQL
 
 
+@dataclass
 class Postgres(Server):
-    """A PostgreSQL server; one of ours can be stopped, killed and started again."""
+    """A PostgreSQL server; one of ours can be stopped, killed and started again.
+
+    Only a `durable` one flushes to disk what it acknowledges: the tests need no such thing.
+    """
+
+    durable: bool = False
 
     @property
     def data(self) -> Path:
@@ -223,7 +229,8 @@ class Postgres(Server):
         passing = ("pre-existing shared memory block", "Address already in use")
         while True:
             try:
-                return child.start("-F", *where, *options, ready=self._ready)
+                flush = [] if self.durable else ["-F"]
+                return child.start(*flush, *where, *options, ready=self._ready)
             except ServerError as error:
                 if time.monotonic() > deadline or not any(text in str(error) for text in passing):
                     raise
@@ -322,7 +329,7 @@ def _postgres_version(program: Path) -> tuple[int, ...]:
 
 
 @contextmanager
-def run_postgres() -> Iterator[Postgres]:
+def run_postgres(*, durable: bool = False) -> Iterator[Postgres]:
     """A PostgreSQL server of one's own, or the one that ADK_SESSIONS_TEST_POSTGRES_URL names."""
     if named := os.environ.get("ADK_SESSIONS_TEST_POSTGRES_URL"):
         yield Postgres(make_url(named).set(drivername="postgresql"))
@@ -339,7 +346,7 @@ def run_postgres() -> Iterator[Postgres]:
         flags = ["--no-sync", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"]
         child.run(programs / "initdb", "-D", child.directory / "data", *flags)
         address = URL.create("postgresql", "postgres", host=LOOPBACK, port=free_port())
-        postgres = Postgres(address, child)
+        postgres = Postgres(address, child, durable)
         postgres.start()
         yield postgres
     finally:
@@ -468,7 +475,7 @@ def find_mariadb() -> str | None:
 
 
 @contextmanager
-def run_mariadb() -> Iterator[MariaDB]:
+def run_mariadb(*, durable: bool = False) -> Iterator[MariaDB]:
     """The server that find_mariadb finds, or else one of one's own."""
     if found := find_mariadb():
         yield MariaDB(make_url(found))
@@ -492,7 +499,8 @@ def run_mariadb() -> Iterator[MariaDB]:
             f"--port={server.port}",
             f"--socket={child.directory / 'socket'}",
             f"--pid-file={child.directory / 'pid'}",
-            "--innodb-flush-log-at-trx-commit=0",  # the data dies with the tests
+            # the tests' data dies with them
+            f"--innodb-flush-log-at-trx-commit={1 if durable else 0}",
             ready=lambda: server.problem() is None,
         )
         yield server

@@ -563,3 +563,11 @@ async def test_jsonb_gives_back_every_event(postgres_url: str) -> None:
         loaded = load_event(Event, data, text.exact)
         assert identical(loaded.model_dump(), one.model_dump())
         assert same_event(text, EventText(data, text.exact))
+
+
+def test_a_delta_meets_a_state_with_a_lone_surrogate() -> None:
+    """google-adk's own writing of one, which UTF-8 cannot hold."""
+    stored = json.dumps({"a": "\ud800", "b": [1.0]})
+    merged = merge_state(stored, dump_state({"k": "ü"}))
+    merged.encode()
+    assert load_state(merged) == {"a": "\ud800", "b": [1.0], "k": "ü"}

@@ -260,7 +260,8 @@ async def test_a_deadlock_that_others_cause_is_repeated(
         finally:
             for connection in (holder, other, watcher):
                 connection.terminate()
-        assert met == ["DeadlockDetectedError"], "there was no deadlock"
+        # The repeated append may be at the session before the other one has woken up: one more.
+        assert set(met) == {"DeadlockDetectedError"}, "there was no deadlock"
         stored = await load(service, app_name, "ann", session.id)
         expected = (["e"], in_each_scope("k")) if repeats else ([], {})
         assert (seen(stored).events, stored.state) == expected

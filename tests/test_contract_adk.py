@@ -1,11 +1,16 @@
-"""The contract kit on google-adk's types, on every database."""
+"""The contract kit on google-adk's types, on each database.
+
+What differs from a run on the store's own types is the objects, not the way to the database: the
+pooler, the generic path and databases in memory are run on those (test_contract.py), and so is all
+of it on MariaDB.
+"""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
 import pytest
-from everywhere import OnEveryDatabase
+from everywhere import PART, OnEveryDatabase
 
 pytest.importorskip("google.adk")
 
@@ -17,7 +22,7 @@ from google.genai import types
 from adk_sessions.adk import DatabaseSessionService
 
 
-class TestAdkDatabaseSessionService(OnEveryDatabase):
+class WithAdkTypes(OnEveryDatabase):
     event_type = Event
     actions_type = EventActions
     config_type = GetSessionConfig
@@ -50,3 +55,19 @@ class TestAdkDatabaseSessionService(OnEveryDatabase):
 
     def make(self, url: str, **options: Any) -> Any:
         return DatabaseSessionService(url, **options)
+
+
+class TestAdkDatabaseSessionService(WithAdkTypes):
+    @pytest.fixture(params=["sqlite", "postgresql"])
+    def backend(self, request: pytest.FixtureRequest) -> str:
+        return str(request.param)
+
+
+class TestAdkDatabaseSessionServiceOnMariaDB(WithAdkTypes):
+    """A part; ADK_SESSIONS_SOAK=1 runs all of it."""
+
+    locals().update(PART)
+
+    @pytest.fixture
+    def backend(self) -> str:
+        return "mariadb"

@@ -32,7 +32,7 @@ from adk_sessions import (
     StaleSessionError,
     errors,
 )
-from adk_sessions.dialects.faults import Fault, classify, code_of, translate
+from adk_sessions.dialects.faults import Fault, classify, code_of, must_invalidate, translate
 
 CLASSES = {
     name: item
@@ -85,7 +85,9 @@ def test_all_is_complete_and_sorted() -> None:
     assert set(errors.__all__) <= set(adk_sessions.__all__)
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES.keys() - {"InvalidInputError"}))
+@pytest.mark.parametrize(
+    "name", sorted(CLASSES.keys() - {"InvalidInputError", "ConversionRefusedError"})
+)
 def test_the_docstring_is_the_default_message(name: str) -> None:
     first_paragraph = (CLASSES[name].__doc__ or "").strip().partition("\n\n")[0]
     assert str(CLASSES[name]()) == first_paragraph
@@ -93,7 +95,9 @@ def test_the_docstring_is_the_default_message(name: str) -> None:
     assert str(CLASSES[name]("")) == ""
 
 
-@pytest.mark.parametrize("name", sorted(CLASSES.keys() - {"InvalidInputError"}))
+@pytest.mark.parametrize(
+    "name", sorted(CLASSES.keys() - {"InvalidInputError", "ConversionRefusedError"})
+)
 def test_a_bare_raise_is_a_sentence_for_people(name: str) -> None:
     message = str(CLASSES[name]())
     assert "\n" not in message
@@ -186,7 +190,7 @@ async def test_postgresql(postgres_url: str, table: str) -> None:
             Fault.FATAL,
             "42P01",
             "UndefinedTableError",
-            "a table is missing: run alembic upgrade head",
+            "a table or column is missing: run adk-sessions upgrade; validate_schema() says which",
         )
         check(
             await error_of(run(engine, f"SELECT '{SECRET}' ? '"[:-1])),
@@ -210,6 +214,17 @@ async def test_postgresql_killed_connection(postgres_url: str) -> None:
         assert classify(error) is Fault.LOST
         assert translate(error, unknown=False).retryable  # type: ignore[union-attr]
         assert isinstance(translate(error, unknown=True), errors.OutcomeUnknownError)
+
+
+def test_an_answer_that_nobody_asked_for_is_a_lost_connection() -> None:
+    """A server's farewell that crosses a request: asyncpg loses count, and tells it like this."""
+    asyncpg = pytest.importorskip("asyncpg")
+    seen_by_sqlalchemy = Exception("unknown protocol state")
+    seen_by_sqlalchemy.__cause__ = asyncpg.InternalClientError("unknown protocol state")
+    error = DBAPIError("SELECT 1", {}, seen_by_sqlalchemy)
+    check(error, Fault.LOST, None, "InternalClientError")
+    assert must_invalidate(error)
+    assert isinstance(translate(error, unknown=True), errors.OutcomeUnknownError)
 
 
 async def test_postgresql_refuses_a_connection(postgres_url: str, table: str) -> None:
@@ -261,7 +276,7 @@ async def test_mariadb(mariadb_url: str, table: str) -> None:
             Fault.FATAL,
             1146,
             "ProgrammingError",
-            "a table is missing: run alembic upgrade head",
+            "a table or column is missing: run adk-sessions upgrade; validate_schema() says which",
         )
         async with engine.begin() as holder:
             await holder.execute(text(f"UPDATE {table} SET v = 'x' WHERE i = 1"))

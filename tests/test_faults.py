@@ -137,6 +137,18 @@ async def test_an_append_that_is_cut_off_is_stored_once(line: Line, place: str, 
     await line.assert_equal(session)
 
 
+@both_ways
+@at(ANYWHERE)
+async def test_a_batch_that_is_cut_off_is_stored_once(line: Line, place: str, lose: Lose) -> None:
+    session = await line.session()
+    line.proxy.cut(marker(place, "event-2"), lose=lose)
+    batch = [event(f"event-{n}", in_each_scope(f"k{n}")) for n in (1, 2, 3)]
+    assert await line.service.append_events(session, batch) == batch
+    assert line.proxy.fired == 1
+    assert seen(session).events == ["event-0", "event-1", "event-2", "event-3"]
+    await line.assert_equal(session)
+
+
 @at(STORED)
 async def test_what_came_between_an_append_and_its_repetition_is_not_undone(
     line: Line, place: str

@@ -501,6 +501,8 @@ V0 = [
     " session_id VARCHAR(128), invocation_id VARCHAR(256), author VARCHAR(256), actions {blob},"
     " timestamp {time}, content TEXT, PRIMARY KEY (id, app_name, user_id, session_id))",
     "CREATE TABLE app_states (app_name VARCHAR(128) PRIMARY KEY, state TEXT, update_time {time})",
+    "CREATE TABLE user_states (app_name VARCHAR(128), user_id VARCHAR(128), state TEXT,"
+    " update_time {time}, PRIMARY KEY (app_name, user_id))",
     "INSERT INTO app_states (app_name, state) VALUES ('app', '{{}}')",
     "INSERT INTO events (id, app_name, user_id, session_id) VALUES ('e', 'app', 'ann', 's')",
 ]
@@ -514,7 +516,7 @@ FOREIGN = "CREATE TABLE events (id INTEGER PRIMARY KEY, starts VARCHAR(10), plac
 VERSION = "INSERT INTO adk_internal_metadata VALUES ('schema_version', '{}')"
 
 REFUSED: dict[str, tuple[list[str], list[str]]] = {
-    "pickled actions": (V0, ["adk migrate session"]),
+    "pickled actions": (V0, ["adk-sessions upgrade --dry-run"]),
     "somebody's events": (
         [FOREIGN, "INSERT INTO events VALUES (1, 'today', 'here')"],
         ["events", "another application"],
@@ -726,7 +728,7 @@ async def test_a_first_start_that_was_broken_off_is_finished(
 
     from adk_sessions import migrate
     from adk_sessions.dialects import open_engine
-    from adk_sessions.models import models
+    from adk_sessions.models import Names, models
 
     database, statements = open_engine(place.engine, models())
     seen = []
@@ -739,7 +741,7 @@ async def test_a_first_start_that_was_broken_off_is_finished(
 
     event.listen(place.engine.sync_engine, "before_cursor_execute", stop)
     with pytest.raises(KeyError):
-        await migrate.upgrade(database, statements)
+        await migrate.bring_to_head(database, statements, Names())
     event.remove(place.engine.sync_engine, "before_cursor_execute", stop)
 
     ours = await place.open("ours")

@@ -20,22 +20,26 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A module imports only from lines above its own; a new one gets a place here.
 ORDER = [
     {"errors", "session", "state", "clock", "turns"},
-    {"checks", "codec"},
+    {"checks", "codec", "lean", "pickles"},
     {"url"},
     {"dialects"},
     {"retry"},
     {"models"},
-    {"migrate", "binding"},
+    {"binding", "convert", "validate"},
+    {"adoption"},
+    {"migrate"},
     {"service"},
-    {"adk", "testing"},
+    {"adk", "testing", "transfer"},
     {"__init__"},
+    {"cli"},
+    {"__main__"},
 ]
 RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules}
 # Inside a line nothing is imported, but for these.
 SIDEWAYS: set[tuple[str, str]] = set()
 NAMES_DATABASES = ("url.py", "dialects/")
 DATABASES = re.compile(r"postgres|sqlite|mysql|mariadb|oracle|mssql|cockroach", re.IGNORECASE)
-BUDGET = 2_800
+BUDGET = 6_300
 
 
 def name_of(path: Path) -> str:

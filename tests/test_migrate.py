@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import io
 import os
 import sqlite3
 import subprocess
@@ -14,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic.config import Config
+from alembic.config import CommandLine, Config
 from alembic.script import ScriptDirectory
 from engines import engine_for
+from scripts import run_script
 from sqlalchemy import Connection, event, inspect, make_url, text
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from adk_sessions import Event, MigrationLockError, SchemaError, SessionService, migrate
 from adk_sessions.dialects import open_engine, open_url
-from adk_sessions.models import TABLES, models
+from adk_sessions.models import TABLES, VERSION_TABLE, Names, models
 
 ROOT = Path(__file__).parent.parent
 KINDS = ["sqlite", "postgresql", "mariadb"]
@@ -101,13 +104,25 @@ def alembic(*arguments: str, url: str | None = None) -> subprocess.CompletedProc
 
 
 async def shell(*arguments: str, url: str | None = None) -> str:
-    done = await asyncio.to_thread(alembic, *arguments, url=url)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """The same in this process, in a thread without a loop; what it prints."""
+    if url is not None:
+        arguments = ("-x", f"url={url}", *arguments)
+
+    def call() -> str:
+        printed = io.StringIO()
+        command = CommandLine(prog="alembic")
+        options = command.parser.parse_args(arguments)
+        config = Config(
+            ROOT / "alembic.ini", cmd_opts=options, stdout=printed, output_buffer=printed
+        )
+        command.run_cmd(config, options)
+        return printed.getvalue()
+
+    return await asyncio.to_thread(call)
 
 
 async def version_of(url: str) -> list[Any]:
-    return await run(url, f"SELECT version_num FROM {migrate.VERSION_TABLE}")
+    return await run(url, f"SELECT version_num FROM {VERSION_TABLE}")
 
 
 # From code
@@ -118,14 +133,14 @@ async def test_the_first_use_makes_the_tables(kind: str, fresh_database: NewData
     url = fresh_database(kind)
     assert await reflect(url) == {}
     await use(url)
-    assert set(await reflect(url)) == {*TABLES, migrate.VERSION_TABLE}
+    assert set(await reflect(url)) == {*TABLES, VERSION_TABLE}
     assert await version_of(url) == [(migrate.HEAD,)]
     found = await run(url, "SELECT * FROM adk_internal_metadata")
     assert found == [("schema_version", "1")]
 
 
 def test_the_version_table_is_our_own() -> None:
-    assert migrate.VERSION_TABLE == "adk_sessions_version"
+    assert VERSION_TABLE == "adk_sessions_version"
 
 
 @every_kind
@@ -138,7 +153,7 @@ async def test_the_tables_are_those_that_google_adk_makes(
         await conn.run_sync(v1.Base.metadata.create_all)
     await use(ours)
     found, expected = await reflect(ours), await reflect(theirs)
-    assert found.pop(migrate.VERSION_TABLE)
+    assert found.pop(VERSION_TABLE)
     type_, nullable = found["events"]["columns"].pop("event_exact")
     assert type_.startswith("LONGTEXT" if kind == "mariadb" else "TEXT")
     assert nullable
@@ -161,7 +176,7 @@ async def test_keys_on_mariadb_are_compared_by_bytes(fresh_database: NewDatabase
         url,
         "SELECT table_name, column_name, data_type, collation_name, datetime_precision"
         " FROM information_schema.columns WHERE table_schema = database()"
-        f" AND table_name <> '{migrate.VERSION_TABLE}'",
+        f" AND table_name <> '{VERSION_TABLE}'",
     )
     assert {collation for *_, kind, collation, _ in rows if kind == "varchar"} == {
         "utf8mb4_nopad_bin"
@@ -182,7 +197,7 @@ async def test_a_second_start_costs_one_query(kind: str, fresh_database: NewData
         await service.prepare_tables()
         statements[:] = [one for one in statements if not is_transaction(one)]
         assert len(statements) == 1
-        assert migrate.VERSION_TABLE in statements[0]
+        assert VERSION_TABLE in statements[0]
         await service.prepare_tables()
         assert len(statements) == 1
         other = SessionService(engine=engine)
@@ -225,7 +240,7 @@ async def test_upgrades_of_several_databases_in_one_loop(
     await asyncio.gather(*map(use, urls))
     for url in urls:
         assert await version_of(url) == [(migrate.HEAD,)]
-        assert set(await reflect(url)) == {*TABLES, migrate.VERSION_TABLE}
+        assert set(await reflect(url)) == {*TABLES, VERSION_TABLE}
 
 
 @every_kind
@@ -239,7 +254,7 @@ async def test_many_services_start_at_once(kind: str, fresh_database: NewDatabas
 async def test_a_newer_release_may_have_been_here(kind: str, fresh_database: NewDatabase) -> None:
     url = fresh_database(kind)
     await use(url)
-    await run(url, f"UPDATE {migrate.VERSION_TABLE} SET version_num = '9999'")
+    await run(url, f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
     await use(url)
     assert await version_of(url) == [("9999",)]
 
@@ -293,8 +308,7 @@ async def test_another_applications_tables_are_not_touched(
     )
     theirs = await reflect(url)
     await use(url)
-    if kind == "postgresql":  # where alembic can compare indexes and collations
-        assert "No new upgrade operations" in await shell("-x", f"url={url}", "check")
+    assert "No new upgrade operations" in await shell("-x", f"url={url}", "check")
     found = await reflect(url)
     assert {table: found[table] for table in theirs} == theirs
     await shell("-x", f"url={url}", "downgrade", "base")
@@ -302,6 +316,120 @@ async def test_another_applications_tables_are_not_touched(
     assert {table: found[table] for table in theirs} == theirs
     assert await run(url, "SELECT * FROM products") == [(1, "chair")]
     assert await run(url, "SELECT * FROM alembic_version") == [("1a2b3c",)]
+
+
+@every_kind
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "ALTER TABLE events DROP COLUMN event_exact",
+        "DROP INDEX idx_events_app_user_session_ts_id{on}",
+        "ALTER TABLE user_states ADD COLUMN more INTEGER",
+    ],
+)
+async def test_alembic_check_sees_a_difference(
+    kind: str, statement: str, fresh_database: NewDatabase
+) -> None:
+    url = fresh_database(kind)
+    await use(url)
+    if kind == "sqlite" and "INDEX" in statement:
+        return  # alembic skips indexes that descend there; validate_schema does not
+    if kind == "mariadb" and "INDEX" in statement:  # its foreign key needs one
+        await run(url, "ALTER TABLE events DROP FOREIGN KEY events_ibfk_1")
+    await run(url, statement.format(on=" ON events" if kind == "mariadb" else ""))
+    done = await asyncio.to_thread(alembic, "check", url=url)
+    assert done.returncode != 0
+    assert "New upgrade operations detected" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "sqlite"])
+async def test_a_place_of_ones_own_from_the_shell(kind: str, fresh_database: NewDatabase) -> None:
+    url = fresh_database(kind)
+    place = ["-x", "table_prefix=p_"]
+    schema = "agents" if kind == "postgresql" else None
+    if schema:
+        place += ["-x", f"schema={schema}"]
+    await shell(*place, "upgrade", "head", url=url)
+    async with SessionService(url, schema=schema, table_prefix="p_", migrate="check") as service:
+        session = await service.create_session(app_name="a", user_id="u")
+        await service.append_event(session, Event(content=float("nan")))
+        await service.validate_schema()
+    assert "No new upgrade operations" in await shell(*place, "check", url=url)
+    await shell(*place, "downgrade", "base", url=url)
+    await shell(*place, "upgrade", "head", url=url)
+    async with SessionService(url, schema=schema, table_prefix="p_", migrate="check") as service:
+        assert await service.get_session(app_name="a", user_id="u", session_id=session.id)
+    assert (
+        await reflect(url) == {}
+        if schema
+        else set(await reflect(url)) == {"p_" + name for name in (*TABLES, VERSION_TABLE)}
+    )
+
+
+# An application's own alembic
+
+ENV = """
+from alembic import context
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine
+
+metadata = MetaData()
+Table("products", metadata, Column("id", Integer, primary_key=True))
+engine = create_engine(context.config.get_main_option("sqlalchemy.url"))
+with engine.connect() as connection:
+    context.configure(connection=connection, target_metadata=metadata)
+    with context.begin_transaction():
+        context.run_migrations()
+engine.dispose()
+"""
+OWN_REVISION = """
+from alembic import op
+import sqlalchemy as sa
+
+revision, down_revision, branch_labels, depends_on = "aaaa", None, ("shop",), "0004"
+
+def upgrade():
+    op.create_table("products", sa.Column("id", sa.Integer, primary_key=True))
+
+def downgrade():
+    op.drop_table("products")
+"""
+
+
+async def test_an_application_can_list_our_history_in_its_own(
+    tmp_path: Path, fresh_database: NewDatabase
+) -> None:
+    url = fresh_database("sqlite")
+    (tmp_path / "own" / "versions").mkdir(parents=True)
+    (tmp_path / "own" / "env.py").write_text(ENV)
+    (tmp_path / "own" / "versions" / "first.py").write_text(OWN_REVISION)
+    (tmp_path / "alembic.ini").write_text(
+        "[alembic]\nscript_location = %(here)s/own\npath_separator = newline\n"
+        f"version_locations = %(here)s/own/versions\n  {migrate.scripts() / 'versions'}\n"
+        f"sqlalchemy.url = {url}\n"
+    )
+
+    def command(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "alembic", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    await asyncio.to_thread(command, "upgrade", "adk_sessions@head")
+    assert set(await reflect(url)) == {*TABLES, "alembic_version"}
+    await asyncio.to_thread(command, "upgrade", "heads")
+    assert set(await reflect(url)) == {*TABLES, "alembic_version", "products"}
+    async with SessionService(url, migrate="off") as service:
+        session = await service.create_session(app_name="a", user_id="u")
+        await service.append_event(session, Event(content="x"))
+        await service.validate_schema()
+    # a service in its default mode finds the tables and adopts them into its own history
+    await use(url)
+    assert await version_of(url) == [(migrate.HEAD,)]
 
 
 # SQLite and foreign keys
@@ -342,7 +470,7 @@ async def test_a_migration_that_would_orphan_events_is_undone(fresh_database: Ne
 async def test_foreign_keys_are_on_again_after_a_migration(fresh_database: NewDatabase) -> None:
     database, statements = open_url(fresh_database("sqlite"), models())
     try:
-        await migrate.upgrade(database, statements)
+        await migrate.bring_to_head(database, statements, Names())
         switch = await database.submit(
             lambda conn: conn.exec_driver_sql("PRAGMA foreign_keys").scalar(), write=True
         )
@@ -378,7 +506,7 @@ async def refused_for_the_lock(url: str) -> None:
     try:
         start = loop.time()
         with pytest.raises(MigrationLockError, match="Look for a migration that hangs"):
-            await migrate.upgrade(database, statements, lock_timeout=0.2)
+            await migrate.bring_to_head(database, statements, Names(), lock_timeout=0.2)
         assert 0.2 <= loop.time() - start < 5
     finally:
         await database.close()
@@ -432,7 +560,7 @@ async def test_who_waits_for_the_lock_goes_on_when_it_is_free(fresh_database: Ne
                     tried.set()
 
             database, known = open_engine(waiting, models())
-            task = asyncio.create_task(migrate.upgrade(database, known))
+            task = asyncio.create_task(migrate.bring_to_head(database, known, Names()))
             async with asyncio.timeout(20):
                 await tried.wait()
                 assert not task.done()
@@ -446,7 +574,7 @@ async def test_who_waits_for_the_lock_goes_on_when_it_is_free(fresh_database: Ne
 
 
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "google-adk's old layout": (
+    "another application's events with actions": (
         "CREATE TABLE sessions (app_name VARCHAR(128), user_id VARCHAR(128), id VARCHAR(128),"
         " state TEXT, create_time TIMESTAMP NULL, update_time TIMESTAMP NULL,"
         " PRIMARY KEY (app_name, user_id, id))",
@@ -489,16 +617,25 @@ async def test_tables_that_cannot_be_adopted(
             await service.prepare_tables()
     after = await reflect(url)
     if kind == "mariadb":  # alembic's own table is there: DDL commits
-        after.pop(migrate.VERSION_TABLE, None)
+        after.pop(VERSION_TABLE, None)
     assert after == before
 
 
-async def test_google_adks_old_layout_says_what_to_run(fresh_database: NewDatabase) -> None:
-    url = fresh_database("sqlite")
-    await run(url, "CREATE TABLE events (id VARCHAR PRIMARY KEY, actions BLOB)")
-    async with SessionService(url) as service:
-        with pytest.raises(SchemaError, match="adk migrate session"):
-            await service.prepare_tables()
+@every_kind
+async def test_google_adks_old_layout_says_what_to_run(
+    kind: str, fresh_database: NewDatabase
+) -> None:
+    url = fresh_database(kind)
+    frozen = ROOT / "tests" / "data" / "v0" / f"1.21.0-{kind}.sql"
+    await run_script(url, frozen.read_text())
+    before = await reflect(url)
+    for mode in ("auto", "check"):
+        async with SessionService(url, migrate=mode) as service:
+            with pytest.raises(SchemaError, match="adk-sessions upgrade --dry-run"):
+                await service.prepare_tables()
+    with pytest.raises(SchemaError, match="--source-timezone"):
+        await migrate.check(url)
+    assert await reflect(url) == before
 
 
 # From the shell
@@ -509,18 +646,29 @@ async def test_upgrade_and_downgrade_from_the_shell(kind: str, fresh_database: N
     url = fresh_database(kind)
     await shell("-x", f"url={url}", "upgrade", "head")
     assert await version_of(url) == [(migrate.HEAD,)]
-    assert set(await reflect(url)) == {*TABLES, migrate.VERSION_TABLE}
+    assert set(await reflect(url)) == {*TABLES, VERSION_TABLE}
     await use(url)
     rows = await run(url, "SELECT id, event_data FROM events")
     await shell("downgrade", "base", url=url)
     # google-adk's own schema stays, with what is in it
-    assert set(await reflect(url)) == {*TABLES, migrate.VERSION_TABLE}
+    assert set(await reflect(url)) == {*TABLES, VERSION_TABLE}
     assert "event_exact" not in (await reflect(url))["events"]["columns"]
     assert await version_of(url) == []
     assert await run(url, "SELECT id, event_data FROM events") == rows != []
     await shell("upgrade", "head", url=url)
     assert migrate.HEAD in await shell("current", url=url)
     await use(url)
+
+
+@every_kind
+@pytest.mark.parametrize("command", ["current", "check", "history", "heads"])
+async def test_a_command_that_asks_makes_nothing(
+    kind: str, command: str, fresh_database: NewDatabase
+) -> None:
+    url = fresh_database(kind)
+    with contextlib.suppress(SystemExit):  # `check` finds that the database is not up to date
+        await shell(command, url=url)
+    assert await reflect(url) == {}
 
 
 def test_the_shell_without_a_url_says_what_it_needs() -> None:

@@ -836,3 +836,22 @@ async def test_a_revision_that_is_none_of_ours_is_stale(
         session.last_update_time = math.nan
         with pytest.raises(StaleSessionError):
             await service.append_event(session, appending(1))
+
+
+@pytest.mark.parametrize("level", ["AUTOCOMMIT", "READ COMMITTED", "REPEATABLE READ"])
+@pytest.mark.parametrize("backend", ["auto", "generic"])
+async def test_an_engines_isolation_level_loses_nothing(
+    level: str, backend: Any, postgres_url: str, app_name: str
+) -> None:
+    # set when a connection is lent, such an option wins over that of an engine made from it
+    options = {"isolation_level": level}
+    async with engine_for(postgres_url, execution_options=options) as engine:
+        for made in (engine, engine.execution_options(**options)):
+            service = SessionService(engine=made, backend=backend)
+            ids = {"app_name": app_name, "user_id": "ann"}
+            session = await service.create_session(**ids, state={"app:a": 1})
+            await service.append_event(session, Event(content="kept"))
+            found = await service.get_session(**ids, session_id=session.id)
+            assert found == session
+            await service.delete_session(app_name, "ann", session.id)
+            assert await service.get_session(**ids, session_id=session.id) is None

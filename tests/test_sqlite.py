@@ -16,7 +16,14 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from adk_sessions import ConfigurationError, DatabaseError, Event, EventActions, SessionService
+from adk_sessions import (
+    ConfigurationError,
+    DatabaseError,
+    Event,
+    EventActions,
+    SessionService,
+    StaleSessionError,
+)
 
 IDS = {"app_name": "a", "user_id": "u", "session_id": "s"}
 MEMORY = [
@@ -59,6 +66,8 @@ async def pragma(service: SessionService, name: str, *, write: bool) -> Any:
 @pytest.mark.parametrize("write", [True, False])
 async def test_a_file_is_opened_to_keep_what_it_acknowledges(path: Path, write: bool) -> None:
     async with SessionService(f"sqlite:///{path}") as service:
+        await service.create_session(app_name="a", user_id="u")
+        await service.get_app_state(app_name="a")  # it is a file's mode: seen by the next read
         assert await pragma(service, "journal_mode", write=write) == "wal"
         assert await pragma(service, "synchronous", write=write) == 2
         assert await pragma(service, "foreign_keys", write=write) == 1
@@ -425,6 +434,48 @@ async def test_a_full_disk_loses_nothing(path: Path, service: SessionService) ->
     assert await service.get_session(**IDS) == session
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        "UPDATE sessions SET update_time = '2020-01-01 00:00:00.000000'",
+        "UPDATE sessions SET update_time = '2020-01-01 00:00:00'",
+        "UPDATE events SET timestamp = '2100-01-01 00:00:00.000000'",
+        "UPDATE events SET timestamp = 4102444800.5",
+        "UPDATE events SET timestamp = 4102444800",
+    ],
+)
+@pytest.mark.parametrize("delta", [{}, {"a": 1}])
+async def test_an_append_goes_after_whatever_another_writer_has_left(
+    service: SessionService, raw: sqlite3.Connection, left: str, delta: dict[str, Any]
+) -> None:
+    session = await service.create_session(**IDS)
+    await service.append_event(session, Event(id="z"))
+    raw.execute(left)
+    stored = await service.get_session(**IDS)
+    assert stored is not None
+    for event_id in ("y", "x"):
+        actions = EventActions(state_delta=delta)
+        await service.append_event(stored, Event(id=event_id, actions=actions))
+    found = await service.get_session(**IDS)
+    assert found is not None
+    assert [event.id for event in found.events] == ["z", "y", "x"]
+    assert found == stored
+
+
+@pytest.mark.parametrize("delta", [{}, {"a": 1}])
+async def test_a_session_that_was_made_anew_is_another_one(
+    service: SessionService, delta: dict[str, Any]
+) -> None:
+    # no event of the new one tells that the old one is stale
+    old = await service.create_session(**IDS)
+    await service.append_event(old, Event())
+    await service.delete_session("a", "u", "s")
+    new = await service.create_session(**IDS)
+    with pytest.raises(StaleSessionError):
+        await service.append_event(old, Event(actions=EventActions(state_delta=delta)))
+    assert await service.get_session(**IDS) == new
+
+
 # An engine of the application's
 
 
@@ -479,6 +530,21 @@ async def test_an_applications_engine_and_its_own_transactions(
             assert (await conn.execute(query)).scalar() == 0
         await service.close()
         assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+async def test_an_applications_engine_shows_what_is_run_on_it(path: Path) -> None:
+    async with own_engine(path, None) as engine:
+        service = SessionService(engine=engine)
+        session = await service.create_session(**IDS)
+        seen: list[str] = []
+
+        @event.listens_for(engine.sync_engine, "before_cursor_execute")
+        def note(*args: Any) -> None:
+            seen.append(args[2].split()[0])
+
+        await service.append_event(session, Event(actions=EventActions(state_delta={"a": 1})))
+        assert seen == ["BEGIN", "SELECT", "UPDATE", "INSERT", "COMMIT"]
+        assert await service.get_session(**IDS) == session
 
 
 async def work(service: SessionService, n: int) -> None:
@@ -551,3 +617,49 @@ async def test_a_cancelled_call_on_an_engine_of_ones_own_gives_its_connection_ba
     assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
     assert await service.create_session(app_name="a", user_id="u")
     await engine.dispose()
+
+
+async def test_a_counter_beside_a_large_state_writes_little(tmp_path: Path) -> None:
+    """The log grows by the pages that differ, not by the whole document."""
+    path = tmp_path / "a.db"
+    async with SessionService(f"sqlite:///{path}") as service:
+        state = {f"k{n}": "ü" * 1000 for n in range(200)} | {"app:big": "x" * 200_000}
+        session = await service.create_session(app_name="app", user_id="ann", state=state)
+
+        async def count(n: int) -> None:
+            delta = {"n": n, "app:n": n}
+            await service.append_event(
+                session, Event(author="a", actions=EventActions(state_delta=delta))
+            )
+
+        await count(0)
+        with closing(sqlite3.connect(path)) as other:
+            other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        for n in range(1, 6):
+            await count(10**n)
+        # both documents anew with each append would be 3 MB
+        assert 0 < Path(f"{path}-wal").stat().st_size < 1_000_000
+        found = await service.get_session(app_name="app", user_id="ann", session_id=session.id)
+        assert found is not None
+        assert found.state == session.state
+        assert found.state["n"] == found.state["app:n"] == 100_000
+
+
+async def test_statements_are_kept_once(tmp_path: Path) -> None:
+    """Also where google-adk has moved a session back in time, which takes the general way."""
+    path = tmp_path / "a.db"
+    kept = []
+    async with SessionService(f"sqlite:///{path}") as service:
+        session = await service.create_session(app_name="app", user_id="ann")
+        await service.append_event(session, Event(author="a"))
+        for n in range(6):
+            with closing(sqlite3.connect(path)) as other, other:
+                other.execute("UPDATE sessions SET update_time = '2020-01-01 00:00:00.000000'")
+            again = await service.get_session(app_name="app", user_id="ann", session_id=session.id)
+            assert again is not None
+            for delta in ({}, {"n": n, "app:n": n, "user:n": n}):
+                await service.append_event(
+                    again, Event(author="a", actions=EventActions(state_delta=delta))
+                )
+            kept.append(len(service._statements._prepared))  # type: ignore[attr-defined]
+    assert kept == kept[:1] * 6

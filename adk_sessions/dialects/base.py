@@ -6,10 +6,10 @@ databases that have a shorter way override what they do better.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, ClassVar, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -27,7 +27,7 @@ from sqlalchemy.exc import IntegrityError
 
 from .. import codec
 from .faults import Overtaken
-from .reads import Reads
+from .reads import Reads, Tables
 from .rows import Deltas, Key, NewEvent, States, event_parameters
 from .types import Timestamp
 
@@ -36,6 +36,50 @@ TICK = timedelta(microseconds=1)
 
 class Generic(Reads):
     """The operations for any dialect."""
+
+    #: two processes never change the schema at once
+    locks_migrations: ClassVar[bool] = False
+    #: `rebuilding` is one transaction, and so the lock
+    rebuilds_in_transaction: ClassVar[bool] = False
+
+    def __init__(self, tables: Tables) -> None:
+        super().__init__(tables)
+        self._insert_session = insert(tables.sessions).values(
+            app_name=bindparam("k_app"),
+            user_id=bindparam("k_user"),
+            id=bindparam("k_session"),
+            state=self.as_json("v_state"),
+            create_time=bindparam("v_now", type_=Timestamp()),
+            update_time=bindparam("v_now", type_=Timestamp()),
+        )
+        touched = {"update_time": bindparam("v_now", type_=Timestamp())}
+        session = update(tables.sessions).where(self._is_session)
+        # by whether the state is written too
+        self._set_session = {
+            False: session.values(touched),
+            True: session.values(touched | {"state": self.as_json("v_state")}),
+        }
+        scopes = (tables.app_states, tables.user_states)
+        self._insert_event = insert(tables.events).values(
+            id=bindparam("k_event"),
+            app_name=bindparam("k_app"),
+            user_id=bindparam("k_user"),
+            session_id=bindparam("k_session"),
+            invocation_id=bindparam("v_invocation"),
+            timestamp=bindparam("v_now", type_=Timestamp()),
+            event_data=self.as_json("v_data"),
+            event_exact=bindparam("v_exact", type_=Text()),
+        )
+
+        self._insert_scope = {table: self.insert_scope(insert(table), table) for table in scopes}
+        self._set_scope = {
+            table: update(table)
+            .where(self.is_scope(table))
+            .values(
+                state=self.as_json("v_state"), update_time=bindparam("v_now", type_=Timestamp())
+            )
+            for table in scopes
+        }
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -50,53 +94,51 @@ class Generic(Reads):
         """
         session_state = deltas.session or "{}"
         self.check_size(conn, "state", session_state)
-        conn.execute(
-            insert(self.tables.sessions).values(
-                app_name=bindparam("k_app"),
-                user_id=bindparam("k_user"),
-                id=bindparam("k_session"),
-                state=self.as_json("v_state"),
-                create_time=bindparam("v_now", type_=Timestamp()),
-                update_time=bindparam("v_now", type_=Timestamp()),
-            ),
-            {**key.parameters(), "v_state": session_state, "v_now": now},
+        self.write(
+            conn, self._insert_session, {**key.parameters(), "v_state": session_state, "v_now": now}
         )
         app = self._merge_scope(conn, self.tables.app_states, key, deltas.app, now)
         user = self._merge_scope(conn, self.tables.user_states, key, deltas.user, now)
         return States(app, user, session_state)
 
     def append(
-        self, conn: Connection, key: Key, expected: datetime, event: NewEvent, deltas: Deltas
+        self,
+        conn: Connection,
+        key: Key,
+        expected: datetime,
+        events: Sequence[NewEvent],
+        deltas: Deltas,
     ) -> datetime | None:
-        """Appends an event and sets its deltas, if the session is still at revision ``expected``.
+        """Appends events and sets their deltas, if the session is still at revision ``expected``.
+
+        Args:
+            conn: in a transaction if an operation needs one.
+            key: the session.
+            expected: its revision as the caller knows it.
+            events: one or more, in order.
+            deltas: what all of them together set.
 
         Returns:
             The session's new revision, None when it is not at ``expected`` or does not exist.
 
         Raises:
-            IntegrityError: the session has an event with this id.
+            IntegrityError: the session has an event with one of the ids.
         """
-        self.check_size(conn, "event", event.text.data, event.text.exact or "")
+        for event in events:
+            self.check_size(conn, "event", event.text.data, event.text.exact or "")
         row = self.lock_session(conn, key, with_state=deltas.session is not None)
         if row is None or row.update_time != expected:
             return None
         newest = conn.execute(self._newest_time, key.parameters()).scalar()
         # the newest event is past update_time only where google-adk once moved that back
-        now: datetime = max(event.timestamp, max(newest or row.update_time, row.update_time) + TICK)
-        self._insert_event(conn, key, event, now)
-        values: dict[str, Any] = {"update_time": bindparam("v_now", type_=Timestamp())}
+        base: datetime = max(newest or row.update_time, row.update_time)
+        now = self._insert_events(conn, key, events, base)
         parameters: dict[str, Any] = {**key.parameters(), "v_now": now}
         if deltas.session is not None:
-            values["state"] = self.as_json("v_state")
             parameters["v_state"] = codec.merge_state(row.state, deltas.session)
             self.check_size(conn, "state", parameters["v_state"])
-        self._update(
-            conn, update(self.tables.sessions).where(self._is_session).values(values), parameters
-        )
-        if deltas.app is not None:
-            self._merge_scope(conn, self.tables.app_states, key, deltas.app, now)
-        if deltas.user is not None:
-            self._merge_scope(conn, self.tables.user_states, key, deltas.user, now)
+        self._update(conn, self._set_session[deltas.session is not None], parameters)
+        self._merge_wider(conn, key, deltas, now)
         return now
 
     def delete(self, conn: Connection, key: Key) -> None:
@@ -106,6 +148,10 @@ class Generic(Reads):
         conn.execute(delete(self.tables.sessions).where(self._is_session), key.parameters())
 
     # --- what databases do differently ---------------------------------------------------------
+
+    def write(self, conn: Connection, statement: Any, parameters: dict[str, Any]) -> int:
+        """Runs a statement that is built once; how many rows it wrote."""
+        return conn.execute(statement, parameters).rowcount
 
     def lock_session(self, conn: Connection, key: Key, *, with_state: bool) -> Any:
         """Holds the session's row until the transaction ends; its update_time and state."""
@@ -129,7 +175,7 @@ class Generic(Reads):
         """Inserts an empty scope row unless somebody else has done so meanwhile."""
         savepoint = conn.begin_nested()
         try:
-            conn.execute(self.insert_scope(insert(table), table), parameters)
+            conn.execute(self._insert_scope[table], parameters)
         except IntegrityError:
             savepoint.rollback()
         else:
@@ -145,12 +191,26 @@ class Generic(Reads):
         return (configured or at_connect) == "AUTOCOMMIT"
 
     @contextmanager
-    def migrating(self, conn: Connection) -> Iterator[bool]:
-        """Holds the lock for changing the schema, if it can be had at once; alembic commits.
+    def transaction(self, conn: Connection, *, write: bool = True) -> Iterator[None]:
+        """One transaction of a connection that `Database.submit` gave; all of it or nothing."""
+        with conn.begin():
+            yield
+
+    @contextmanager
+    def migration_lock(self, conn: Connection) -> Iterator[bool]:
+        """Holds the lock for changing the schema, if it can be had at once, over transactions.
 
         A database that this library does not know has no lock that it could take.
         """
         yield True
+
+    def require_policies(self, conn: Connection) -> None:
+        """Nothing: users are kept apart by each statement alone."""
+
+    @contextmanager
+    def rebuilding(self, conn: Connection) -> Iterator[None]:
+        """What a database needs around alembic, which commits each revision."""
+        yield
 
     # --- shared pieces -------------------------------------------------------------------------
 
@@ -161,20 +221,19 @@ class Generic(Reads):
             columns.append(self.as_text(s.state).label("state"))
         return select(*columns).where(self._is_session)
 
-    def _insert_event(self, conn: Connection, key: Key, event: NewEvent, now: datetime) -> None:
-        conn.execute(
-            insert(self.tables.events).values(
-                id=bindparam("k_event"),
-                app_name=bindparam("k_app"),
-                user_id=bindparam("k_user"),
-                session_id=bindparam("k_session"),
-                invocation_id=bindparam("v_invocation"),
-                timestamp=bindparam("v_now", type_=Timestamp()),
-                event_data=self.as_json("v_data"),
-                event_exact=bindparam("v_exact", type_=Text()),
-            ),
-            {**event_parameters(key, event), "v_now": now},
-        )
+    def _insert_events(
+        self, conn: Connection, key: Key, events: Sequence[NewEvent], base: datetime
+    ) -> datetime:
+        """Inserts events after revision ``base``; the revision of the last one."""
+        rows = [
+            {**event_parameters(key, event), "v_now": max(event.timestamp, base + number * TICK)}
+            for number, event in enumerate(events, 1)
+        ]
+        if len(rows) > 1:
+            conn.execute(self._insert_event, rows)
+        else:
+            self.write(conn, self._insert_event, rows[0])
+        return cast(datetime, rows[-1]["v_now"])
 
     def insert_scope(self, statement: Any, table: Table) -> Any:
         """Completes an INSERT of a scope's row."""
@@ -189,20 +248,26 @@ class Generic(Reads):
 
     def scope_row(self, conn: Connection, table: Table, key: Key, *, lock: bool) -> Any:
         """A scope's stored state, and with ``lock`` its row held."""
-        where = self.is_scope(table)
-        if lock and not self.lock(conn, table, where, key):
+        if lock and not self.lock(conn, table, self.is_scope(table), key):
             return None
-        return conn.execute(
-            select(self.as_text(table.c.state)).where(where), key.parameters()
-        ).scalar()
+        is_user = table is self.tables.user_states
+        rows = self.rows(conn, self._user_state if is_user else self._app_state, key.parameters())
+        return rows[0][0] if rows else None
 
     def is_scope(self, table: Table) -> ColumnElement[bool]:
         return self._is_user if table is self.tables.user_states else self._is_app
 
     def _update(self, conn: Connection, statement: Any, parameters: dict[str, Any]) -> None:
         """Writes one row, which a snapshot of REPEATABLE READ may not have though it is there."""
-        if conn.execute(statement, parameters).rowcount == 0:
+        if not self.write(conn, statement, parameters):
             raise Overtaken
+
+    def _merge_wider(self, conn: Connection, key: Key, deltas: Deltas, now: datetime) -> None:
+        """Sets deltas in the wider scopes; rows are locked in this order."""
+        if deltas.app is not None:
+            self._merge_scope(conn, self.tables.app_states, key, deltas.app, now)
+        if deltas.user is not None:
+            self._merge_scope(conn, self.tables.user_states, key, deltas.user, now)
 
     def _merge_scope(
         self, conn: Connection, table: Table, key: Key, delta: str | None, now: datetime
@@ -218,13 +283,5 @@ class Generic(Reads):
             return stored or "{}"
         merged = codec.merge_state(stored, delta)
         self.check_size(conn, "state", merged)
-        self._update(
-            conn,
-            update(table)
-            .where(self.is_scope(table))
-            .values(
-                state=self.as_json("v_state"), update_time=bindparam("v_now", type_=Timestamp())
-            ),
-            {**parameters, "v_state": merged},
-        )
+        self._update(conn, self._set_scope[table], {**parameters, "v_state": merged})
         return merged

@@ -56,19 +56,27 @@ _TAKEN: set[str | int] = {
 }
 _SQLITE_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 
+# What asyncpg raises for an answer that it had not asked for: a server's farewell that crosses a
+# request.
+_CONFUSED = "InternalClientError"
+
 _POOLER = "a pooler in transaction mode is in between: add ?pgbouncer=true to the URL"
+_MISSING = "a table or column is missing: run adk-sessions upgrade; validate_schema() says which"
 _HINTS: dict[str | int, str] = {
     "42P05": _POOLER,
     "26000": _POOLER,
     "28P01": "the password is wrong",
-    "28000": "this role may not connect",
+    "28000": "this role may not connect, or does not exist",
     "3D000": "the database does not exist: create it first",
-    "42P01": "a table is missing: run alembic upgrade head",
-    "42501": "this role lacks a privilege on a table",
+    "42P01": _MISSING,
+    "42703": _MISSING,
+    "42501": "this role lacks a privilege on a table or schema, or a policy keeps the row from it",
     1044: "this user may not use the database",
     **dict.fromkeys((1045, 1698), "the user or the password is wrong"),
     1049: "the database does not exist: create it first",
-    1146: "a table is missing: run alembic upgrade head",
+    1142: "this user lacks a privilege on a table",
+    1146: _MISSING,
+    1054: _MISSING,
     sqlite3.SQLITE_BUSY: "another process held the file locked for too long",
     sqlite3.SQLITE_FULL: "the disk is full",
     sqlite3.SQLITE_READONLY: "the file cannot be written",
@@ -117,6 +125,7 @@ def classify(error: BaseException) -> Fault:
         or code in _LOST
         or (isinstance(code, str) and code.startswith("08"))
         or isinstance(_driver_error(error), OSError | TimeoutError)
+        or name == _CONFUSED
     ):
         return Fault.LOST
     return Fault.FATAL
@@ -124,7 +133,9 @@ def classify(error: BaseException) -> Fault:
 
 def must_invalidate(error: BaseException) -> bool:
     """Whether the connection is of no further use though the driver thinks it is."""
-    return isinstance(error, DBAPIError) and code_of(error) == "25006"
+    if not isinstance(error, DBAPIError):
+        return False
+    return code_of(error) == "25006" or type(_driver_error(error)).__name__ == _CONFUSED
 
 
 def translate(error: Exception, *, unknown: bool) -> DatabaseError | ConfigurationError:

@@ -8,7 +8,7 @@ statements lock in opposite orders and deadlock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, ClassVar
@@ -17,7 +17,11 @@ from sqlalchemy import (
     CTE,
     ColumnElement,
     Connection,
+    CursorResult,
+    DateTime,
     Float,
+    FromClause,
+    Integer,
     String,
     Table,
     Text,
@@ -29,13 +33,16 @@ from sqlalchemy import (
     literal_column,
     select,
     text,
+    true,
     type_coerce,
     update,
 )
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from ..errors import SchemaError
 from .base import Generic
+from .prepared import Compiled
 from .reads import Tables
 from .rows import Deltas, Key, NewEvent, States, event_parameters
 from .types import Timestamp
@@ -43,13 +50,29 @@ from .types import Timestamp
 # The advisory lock's key, in the database of the tables: "adksess1" as a number.
 _MIGRATION = 0x61646B7365737331
 
+# What the application has set in this session; null when it is what the session began with.
+_OWN_LOCK_TIMEOUT = text(
+    "SELECT current_setting(name) FROM pg_settings"
+    " WHERE name = 'lock_timeout' AND source = 'session'"
+)
+
 _JSON_NULL: ColumnElement[Any] = literal_column("'null'::jsonb", JSONB())
 _EMPTY: ColumnElement[Any] = literal_column("'{}'::jsonb", JSONB())
+# The columns of a batch, each an array.
+_BATCH_COLUMNS: dict[str, Any] = {
+    "k_event": String(),
+    "v_invocation": String(),
+    "v_times": DateTime(),
+    "v_data": Text(),
+    "v_exact": Text(),
+}
 _TICK: ColumnElement[Any] = literal_column("interval '1 microsecond'")
 
 
 class JsonbColumns(Generic):
     """The generic path over JSONB columns: for databases that speak PostgreSQL's dialect."""
+
+    locks_migrations = True
 
     def as_text(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
         return cast(column, Text())
@@ -58,13 +81,47 @@ class JsonbColumns(Generic):
         return cast(bindparam(name, type_=Text()), JSONB())
 
     @contextmanager
-    def migrating(self, conn: Connection) -> Iterator[bool]:
-        # One transaction holds the lock and does the work, so a pooler in transaction mode does
-        # not separate them, and a failed migration leaves nothing behind.
+    def migration_lock(self, conn: Connection) -> Iterator[bool]:
+        # A lock of the session, since an index is built CONCURRENTLY, which no transaction may be
+        # around. Never waited for: a statement that waits holds a snapshot, and such a build waits
+        # for all of those.
+        _refuse_pooler(conn)
+        held = bool(conn.execute(select(func.pg_try_advisory_lock(_MIGRATION))).scalar())
+        if not held:
+            conn.commit()
+            yield False
+            return
         # A waiting ALTER makes every reader of the table wait behind it: give up soon, try again.
-        with conn.begin():
-            conn.execute(text("SET LOCAL lock_timeout = '2s'"))
-            yield bool(conn.execute(select(func.pg_try_advisory_xact_lock(_MIGRATION))).scalar())
+        own = conn.execute(_OWN_LOCK_TIMEOUT).scalar()
+        conn.execute(text("SET lock_timeout = '2s'"))
+        conn.commit()
+        try:
+            yield True
+        finally:
+            if not conn.invalidated:
+                conn.rollback()
+                back = "RESET lock_timeout" if own is None else f"SET lock_timeout = '{own}'"
+                conn.execute(text(back))
+                conn.execute(select(func.pg_advisory_unlock(_MIGRATION)))
+                conn.commit()
+
+
+def _refuse_pooler(conn: Connection) -> None:
+    """Refuses to migrate where a session is not one: a lock would be left with a stranger.
+
+    A pooler makes up the number that the protocol's start gives to the client.
+    """
+    driver: Any = conn.connection.driver_connection
+    told = getattr(driver, "get_server_pid", lambda: None)()
+    info = getattr(driver, "info", None)
+    told = getattr(info, "backend_pid", None) if told is None else told
+    real = conn.execute(select(func.pg_backend_pid())).scalar_one()
+    conn.commit()
+    if told is not None and real > 0 and told != real:
+        raise SchemaError(
+            "A connection pooler stands between, and a migration cannot be locked through it. Run"
+            " adk-sessions upgrade with a URL that leads to the server itself."
+        )
 
 
 class PostgreSQL(JsonbColumns):
@@ -74,8 +131,9 @@ class PostgreSQL(JsonbColumns):
 
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables)
+        self._compiled: dict[Any, Compiled] = {}
         self._creates: dict[tuple[bool, bool], Any] = {}
-        self._appends: dict[tuple[bool, bool, bool], Any] = {}
+        self._appends: dict[tuple[bool, bool, bool, bool], Any] = {}
         session = (
             delete(tables.sessions).where(self._is_session).returning(tables.sessions.c.id).cte("s")
         )
@@ -84,6 +142,24 @@ class PostgreSQL(JsonbColumns):
             self._is_event,
             tables.events.c.session_id.in_(select(session.c.id)),
         )
+
+    def rows(
+        self, conn: Connection, statement: Any, parameters: dict[str, Any]
+    ) -> Sequence[Sequence[Any]]:
+        return self._run(conn, statement, parameters).all()
+
+    def write(self, conn: Connection, statement: Any, parameters: dict[str, Any]) -> int:
+        return self._run(conn, statement, parameters).rowcount
+
+    def _run(
+        self, conn: Connection, statement: Any, parameters: dict[str, Any]
+    ) -> CursorResult[Any]:
+        if conn.get_execution_options().get("schema_translate_map"):
+            return conn.execute(statement, parameters)  # a kept text names the tables as they are
+        compiled = self._compiled.get(statement)
+        if compiled is None:
+            compiled = self._compiled[statement] = Compiled(statement, conn.dialect)
+        return conn.exec_driver_sql(compiled.sql, compiled.arguments(parameters))
 
     def _since(self) -> list[ColumnElement[bool]]:
         event = self.tables.events.c
@@ -107,7 +183,7 @@ class PostgreSQL(JsonbColumns):
             "v_app": deltas.app or "{}",
             "v_user": deltas.user or "{}",
         }
-        app, user = conn.execute(statement, parameters).one()
+        [(app, user)] = self.rows(conn, statement, parameters)
         return States(app, user, session)
 
     def _create(self, app_delta: bool, user_delta: bool) -> Any:
@@ -152,31 +228,39 @@ class PostgreSQL(JsonbColumns):
         return select(app_state, user_state).add_cte(left_over)
 
     def append(
-        self, conn: Connection, key: Key, expected: datetime, event: NewEvent, deltas: Deltas
+        self,
+        conn: Connection,
+        key: Key,
+        expected: datetime,
+        events: Sequence[NewEvent],
+        deltas: Deltas,
     ) -> datetime | None:
-        shape = (deltas.session is not None, deltas.app is not None, deltas.user is not None)
+        batch = len(events) > 1
+        shape = (deltas.session is not None, deltas.app is not None, deltas.user is not None, batch)
         statement = self._appends.get(shape)
         if statement is None:
             statement = self._appends[shape] = self._append(*shape)
         parameters = {
-            **event_parameters(key, event),
+            **(_columns(key, events) if batch else event_parameters(key, events[0])),
             "k_expected": expected,
-            "v_time": event.timestamp,
+            "v_time": events[-1].timestamp,
             "v_state": deltas.session,
             "v_app": deltas.app,
             "v_user": deltas.user,
         }
-        now: datetime | None = conn.execute(statement, parameters).scalar()
-        return now
+        rows = self.rows(conn, statement, parameters)
+        return rows[0][0] if rows else None
 
-    def _append(self, session_delta: bool, app_delta: bool, user_delta: bool) -> Any:
+    def _append(self, session_delta: bool, app_delta: bool, user_delta: bool, batch: bool) -> Any:
         sessions, events = self.tables.sessions, self.tables.events
         time = Timestamp()
+        expected = bindparam("k_expected", type_=time)
+        ticks = bindparam("v_count", type_=Integer()) * _TICK if batch else _TICK
         values: dict[str, Any] = {
             "update_time": func.greatest(
                 bindparam("v_time", type_=time),
-                sessions.c.update_time + _TICK,
-                self._newest_time.scalar_subquery() + _TICK,
+                sessions.c.update_time + ticks,
+                self._newest_time.scalar_subquery() + ticks,
                 type_=time,
             )
         }
@@ -184,39 +268,49 @@ class PostgreSQL(JsonbColumns):
             values["state"] = _merged(sessions.c.state, self.as_json("v_state"))
         session = (
             update(sessions)
-            .where(self._is_session, sessions.c.update_time == bindparam("k_expected", type_=time))
+            .where(self._is_session, sessions.c.update_time == expected)
             .values(values)
             .returning(
                 sessions.c.app_name, sessions.c.user_id, sessions.c.id, sessions.c.update_time
             )
             .cte("s")
         )
-        event = (
-            insert(events)
-            .from_select(
-                [
-                    "id",
-                    "app_name",
-                    "user_id",
-                    "session_id",
-                    "invocation_id",
-                    "timestamp",
-                    "event_data",
-                    "event_exact",
-                ],
-                select(
-                    bindparam("k_event", type_=String()),
-                    session.c.app_name,
-                    session.c.user_id,
-                    session.c.id,
-                    bindparam("v_invocation", type_=String()),
-                    session.c.update_time,
-                    self.as_json("v_data"),
-                    bindparam("v_exact", type_=Text()),
-                ),
+        source: FromClause = session
+        columns: dict[str, Any] = {
+            "app_name": session.c.app_name,
+            "user_id": session.c.user_id,
+            "session_id": session.c.id,
+        }
+        if batch:
+            new = (
+                func.unnest(
+                    *(bindparam(name, type_=ARRAY(type_)) for name, type_ in _BATCH_COLUMNS.items())
+                )
+                .table_valued(*_BATCH_COLUMNS, with_ordinality="n")
+                .render_derived("new")
             )
-            .cte("e")
-        )
+            source = session.join(new, true())
+            # a batch is written if the session is at `expected`, so that is where its clock starts
+            start = func.greatest(expected, self._newest_time.scalar_subquery(), type_=time)
+            columns |= {
+                "id": new.c.k_event,
+                "invocation_id": new.c.v_invocation,
+                "timestamp": func.greatest(
+                    new.c.v_times, select(start).scalar_subquery() + new.c.n * _TICK
+                ),
+                "event_data": cast(new.c.v_data, JSONB()),
+                "event_exact": new.c.v_exact,
+            }
+        else:
+            columns |= {
+                "id": bindparam("k_event", type_=String()),
+                "invocation_id": bindparam("v_invocation", type_=String()),
+                "timestamp": session.c.update_time,
+                "event_data": self.as_json("v_data"),
+                "event_exact": bindparam("v_exact", type_=Text()),
+            }
+        rows = select(*columns.values()).select_from(source)
+        event = insert(events).from_select(list(columns), rows).cte("e")
         writes = [event]
         if app_delta:
             writes.append(self._upsert(self.tables.app_states, "a", session, "v_app", merge=True))
@@ -264,7 +358,20 @@ class PostgreSQL(JsonbColumns):
         return statement.returning(table.c.state).cte(name)
 
     def delete(self, conn: Connection, key: Key) -> None:
-        conn.execute(self._delete, key.parameters())
+        self.write(conn, self._delete, key.parameters())
+
+
+def _columns(key: Key, events: Sequence[NewEvent]) -> dict[str, Any]:
+    """A batch's parameters: an array for each column."""
+    return {
+        **key.parameters(),
+        "k_event": [event.id for event in events],
+        "v_invocation": [event.invocation_id for event in events],
+        "v_times": [event.timestamp for event in events],
+        "v_data": [event.text.data for event in events],
+        "v_exact": [event.text.exact for event in events],
+        "v_count": len(events),
+    }
 
 
 def _merged(state: ColumnElement[Any], delta: ColumnElement[Any]) -> ColumnElement[Any]:

@@ -5,6 +5,7 @@ One statement is one snapshot everywhere, so the state always matches the events
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, ClassVar, Protocol
 
@@ -17,7 +18,6 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
-    func,
     literal_column,
     null,
     or_,
@@ -27,6 +27,8 @@ from sqlalchemy import (
 )
 
 from .rows import Key, Listed, Listing, Snapshot, snapshot
+
+_PING: Any = select(literal_column("1"))
 
 
 class Tables(Protocol):
@@ -70,12 +72,23 @@ class Reads:
             tables.user_states.c.app_name == bindparam("k_app"),
             tables.user_states.c.user_id == bindparam("k_user"),
         )
-        self._newest_time = select(func.max(e.timestamp)).where(self._is_event)
+        # max() would read the whole index where it is descending, on MariaDB
+        self._newest_time = (
+            select(e.timestamp).where(self._is_event).order_by(e.timestamp.desc()).limit(1)
+        )
+        app, user = tables.app_states, tables.user_states
+        self._app_state = select(self.as_text(app.c.state)).where(self._is_app)
+        self._user_state = select(self.as_text(user.c.state)).where(self._is_user)
         self._reads: dict[tuple[bool, bool], Any] = {}
         self._lists: dict[bool, Any] = {}
         self._catch_up = union_all(
             self._head(),
-            self._event_rows(or_(e.timestamp > bindparam("k_since"), e.id == bindparam("k_event"))),
+            self._event_rows(
+                or_(
+                    e.timestamp > bindparam("k_since"),
+                    e.id.in_(bindparam("k_events", expanding=True)),
+                )
+            ),
         )
         newest_id = (
             select(e.id)
@@ -97,6 +110,12 @@ class Reads:
         return bindparam(name, type_=Text())
 
     # --- reading -------------------------------------------------------------------------------
+
+    def rows(
+        self, conn: Connection, statement: Any, parameters: dict[str, Any]
+    ) -> Sequence[Sequence[Any]]:
+        """All rows of a SELECT that is built once, and whose parameters are single values."""
+        return conn.execute(statement, parameters).all()
 
     def _head(self) -> Select[Any]:
         t = self.tables
@@ -163,22 +182,22 @@ class Reads:
             parameters["k_limit"] = limit
         if after is not None:
             parameters |= {"k_after": after, "k_epoch": epoch}
-        return snapshot(conn.execute(statement, parameters))
+        return snapshot(self.rows(conn, statement, parameters))
 
     def catch_up(
-        self, conn: Connection, key: Key, since: datetime, event_id: str
+        self, conn: Connection, key: Key, since: datetime, event_ids: Sequence[str]
     ) -> Snapshot | None:
-        """A session with the events appended after revision ``since``, and the one named."""
+        """A session with the events appended after revision ``since``, and those named."""
         return snapshot(
             conn.execute(
-                self._catch_up, {**key.parameters(), "k_since": since, "k_event": event_id}
+                self._catch_up, {**key.parameters(), "k_since": since, "k_events": event_ids}
             )
         )
 
     def revision(self, conn: Connection, key: Key) -> tuple[datetime, str | None] | None:
         """A session's revision and the id of its newest event."""
-        row = conn.execute(self._revision, key.parameters()).first()
-        return None if row is None else (row[0], row[1])
+        rows = self.rows(conn, self._revision, key.parameters())
+        return (rows[0][0], rows[0][1]) if rows else None
 
     def listing(self, conn: Connection, app_name: str, user_id: str | None) -> Listing:
         """The sessions of an app, or of one user of it, in no order."""
@@ -188,15 +207,14 @@ class Reads:
         app_state: str | None = None
         user_states: dict[str, str] = {}
         sessions: list[Listed] = []
-        for kind, user, id_, time, data in conn.execute(
-            statement, {"k_app": app_name, "k_user": user_id}
-        ):
-            if kind == 0:
-                app_state = data
+        rows = self.rows(conn, statement, {"k_app": app_name, "k_user": user_id})
+        for kind, user, id_, time, data in rows:
+            if kind == 2:
+                sessions.append(Listed(user, id_, time, data))
             elif kind == 1:
                 user_states[user] = data
             else:
-                sessions.append(Listed(user, id_, time, data))
+                app_state = data
         return Listing(app_state, user_states, sessions)
 
     def _list_statement(self, one_user: bool) -> Any:
@@ -222,21 +240,14 @@ class Reads:
 
     def app_state(self, conn: Connection, app_name: str) -> str | None:
         """The app's encoded state."""
-        t = self.tables.app_states
-        found: str | None = conn.execute(
-            select(self.as_text(t.c.state)).where(self._is_app), {"k_app": app_name}
-        ).scalar()
-        return found
+        rows = self.rows(conn, self._app_state, {"k_app": app_name})
+        return rows[0][0] if rows else None
 
     def user_state(self, conn: Connection, app_name: str, user_id: str) -> str | None:
         """The user's encoded state."""
-        t = self.tables.user_states
-        found: str | None = conn.execute(
-            select(self.as_text(t.c.state)).where(self._is_user),
-            {"k_app": app_name, "k_user": user_id},
-        ).scalar()
-        return found
+        rows = self.rows(conn, self._user_state, {"k_app": app_name, "k_user": user_id})
+        return rows[0][0] if rows else None
 
     def ping(self, conn: Connection) -> None:
         """Asks the database for an answer."""
-        conn.execute(select(literal_column("1")))
+        conn.execute(_PING)

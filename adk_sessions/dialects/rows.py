@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from ..codec import EventText
@@ -26,7 +27,8 @@ class Key(NamedTuple):
 class NewEvent(NamedTuple):
     """An event's row but for its column ``timestamp``, which the session's clock decides.
 
-    ``timestamp`` is the event's own time as naive UTC.
+    ``timestamp`` is the event's own time as naive UTC. In a batch it is later than that of the
+    event before, so the column is the greater of it and the database's own next tick.
     """
 
     id: str
@@ -108,9 +110,9 @@ def snapshot(rows: Iterable[Any]) -> Snapshot | None:
         if row[0] == 0:
             head = row
         else:
-            events.append(StoredEvent(*row[1:6]))
+            events.append(StoredEvent._make(row[1:6]))
     if head is None:
         return None
     _, _, _, update_time, state, _, create_time, app_state, user_state = head
-    events.sort(key=lambda event: (event.timestamp, event.id))
+    events.sort(key=itemgetter(2, 0))
     return Snapshot(create_time, update_time, States(app_state, user_state, state), events)

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-from sqlalchemy.pool import SingletonThreadPool, StaticPool
+from sqlalchemy.pool import PoolResetState, SingletonThreadPool, StaticPool
 
 from ..turns import Turns
 from .base import Generic
@@ -25,6 +25,9 @@ T = TypeVar("T")
 # Tasks that share an engine's only connection must take turns, whichever service they go through.
 _turns = Turns()
 
+# In a pooled connection's `info`: the last thing it did was a commit of ours.
+_COMMITTED = "adk_sessions.committed"
+
 
 class EngineDatabase:
     """Runs operations on an AsyncEngine.
@@ -33,16 +36,28 @@ class EngineDatabase:
         engine: the engine.
         statements: what decides whether an operation needs a transaction.
         owned: whether `close` disposes the engine.
+        behind_pooler: whether a pooler may give each transaction another connection.
     """
 
-    def __init__(self, engine: AsyncEngine, statements: Generic, *, owned: bool) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        statements: Generic,
+        *,
+        owned: bool,
+        behind_pooler: bool = False,
+    ) -> None:
         self.engine = engine
+        self.behind_pooler = behind_pooler
         self._owned = owned
         self._statements = statements
         self._explicit = isinstance(statements, SQLite)
         self._sync_engine: Engine = engine.sync_engine
+        # Set on each connection: options of the application's engine are set when it is lent, and
+        # win over those of an engine that is made from it.
+        self._isolation: str | None = None
         if statements.autocommit or self._explicit:
-            self._sync_engine = engine.sync_engine.execution_options(isolation_level="AUTOCOMMIT")
+            self._isolation = "AUTOCOMMIT"
         self._shared = isinstance(engine.pool, StaticPool | SingletonThreadPool)
         # An idle AsyncSession is the public way into one greenlet for checkout, work and return;
         # an AsyncConnection makes three and a task.
@@ -67,6 +82,8 @@ class EngineDatabase:
 
     def _borrow(self, work: Callable[[Connection], T], write: bool) -> T:
         with self._sync_engine.connect() as conn:
+            if self._isolation:
+                conn.execution_options(isolation_level=self._isolation)
             return self._work(conn, work, write)
 
     def _work(self, conn: Connection, work: Callable[[Connection], T], write: bool) -> T:
@@ -75,9 +92,13 @@ class EngineDatabase:
                 return SQLite.transact(conn, work, write=write)
             if write and not self._statements.autocommit:
                 if self._statements.commits_each_statement(conn):
-                    return _in_transaction(conn, work)
-                with conn.begin():
-                    return work(conn)
+                    result = _in_transaction(conn, work)
+                else:
+                    with conn.begin():
+                        result = work(conn)
+                if self._owned:
+                    conn.info[_COMMITTED] = True
+                return result
             return work(conn)
         except Exception as error:
             if must_invalidate(error):
@@ -87,14 +108,21 @@ class EngineDatabase:
     async def submit(self, work: Callable[[Connection], T], *, write: bool) -> T:
         """Runs ``work`` on a connection that it controls itself, transactions included."""
         async with self._turn():
-            return await self._greenlet.run_sync(lambda _: self._submit(work))
+            running = self._greenlet.run_sync(lambda _: self._submit(work))
+            if self._explicit:
+                return await finished(asyncio.ensure_future(running), wait=True)
+            return await running
 
     def _submit(self, work: Callable[[Connection], T]) -> T:
-        engine = self._sync_engine
-        if self._statements.autocommit:
-            engine = self.engine.sync_engine.execution_options(isolation_level="READ COMMITTED")
-        with engine.connect() as conn:
+        level = "READ COMMITTED" if self._statements.autocommit else self._isolation
+        with self._sync_engine.connect() as conn:
+            if level:
+                conn.execution_options(isolation_level=level)
             return work(conn)
+
+    def is_missing(self) -> bool:
+        """A server is nothing that a connection makes."""
+        return False
 
     async def close(self) -> None:
         """Disposes the engine if the service made it."""
@@ -105,6 +133,24 @@ class EngineDatabase:
         if not self._shared:
             return nullcontext()
         return _turns.of(id(self.engine.pool))
+
+
+def spare_rollbacks(engine: AsyncEngine) -> None:
+    """Lets a connection that we have just committed go back to the pool without a round trip.
+
+    Any other is rolled back: the application may use this engine too.
+
+    Args:
+        engine: of our own, made with ``pool_reset_on_return=None``.
+    """
+    event.listen(engine.sync_engine, "reset", _reset)
+
+
+def _reset(connection: Any, record: Any, state: PoolResetState) -> None:
+    committed = record.info.pop(_COMMITTED, False)
+    # found by the garbage collector it cannot be spoken to, and is closed
+    if state.asyncio_safe and not committed and not state.transaction_was_reset:
+        connection.rollback()
 
 
 def _in_transaction(conn: Connection, work: Callable[[Connection], T]) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import DateTime, Dialect, String, Text
 from sqlalchemy.dialects import mssql, mysql, postgresql
@@ -59,11 +59,13 @@ class Timestamp(TypeDecorator[datetime]):
 
     def result_processor(
         self, dialect: Dialect, coltype: object
-    ) -> Callable[[Any], datetime | None]:
+    ) -> Callable[[Any], datetime | None] | None:
         convert = self.load_dialect_impl(dialect).result_processor(dialect, coltype)
+        if dialect.name != "sqlite":
+            return cast("Callable[[Any], datetime | None] | None", convert)
 
         def process(value: Any) -> datetime | None:
-            # SQLite keeps whatever was written: a raw epoch number must not break reading
+            # whatever was written is kept: a raw epoch number must not break reading
             if isinstance(value, int | float):
                 return datetime.fromtimestamp(value, UTC).replace(tzinfo=None)
             if value is not None and convert is not None:
@@ -73,17 +75,22 @@ class Timestamp(TypeDecorator[datetime]):
         return process
 
 
-def key_text(length: int) -> String:
+class KeyText(TypeDecorator[str]):
     """A key column; on MySQL and MariaDB compared by bytes, trailing spaces and case included."""
-    return (
-        String(length)
-        .with_variant(
-            mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_0900_bin"), "mysql"
-        )
-        .with_variant(
-            mysql.VARCHAR(length, charset="utf8mb4", collation="utf8mb4_nopad_bin"), "mariadb"
-        )
-    )
+
+    impl = String
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        length = cast(String, self.impl_instance).length
+        if dialect.name in MYSQL_FAMILY:
+            # MariaDB is reached through either dialect; which it is is known once connected
+            mariadb = dialect.name == "mariadb" or getattr(dialect, "is_mariadb", False)
+            flavour = "nopad" if mariadb else "0900"
+            return dialect.type_descriptor(
+                mysql.VARCHAR(length, charset="utf8mb4", collation=f"utf8mb4_{flavour}_bin")
+            )
+        return dialect.type_descriptor(String(length))
 
 
 def long_text() -> Text:

@@ -1,0 +1,223 @@
+"""The command ``adk-sessions``."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import pytest
+from click.testing import CliRunner, Result
+from engines import engine_for
+from scripts import run_script
+from servers import free_port, run_sync
+from sqlalchemy import inspect, text
+
+from adk_sessions import SessionService, migrate
+from adk_sessions.cli import main
+from adk_sessions.models import TABLES, VERSION_TABLE
+
+NewDatabase = Callable[[str], str]
+every_kind = pytest.mark.parametrize("kind", ["sqlite", "postgresql", "mariadb"])
+
+
+# click before 8.2 puts both into one, unless it is told not to
+SEPARATE: dict[str, Any] = (
+    {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
+)
+
+
+def run(*arguments: str, url: str | None = None) -> Result:
+    """The command in this process; what it prints, and its exit status."""
+    runner = CliRunner(env={"ADK_SESSIONS_URL": url}, **SEPARATE)
+    return runner.invoke(main, arguments)
+
+
+def ok(*arguments: str, url: str | None = None) -> str:
+    done = run(*arguments, url=url)
+    assert done.exit_code == 0, done.output
+    assert done.exception is None
+    return done.stdout
+
+
+def refused(*arguments: str, url: str | None = None) -> str:
+    """A command that fails with one message and no traceback."""
+    done = run(*arguments, url=url)
+    assert done.exit_code == 1, done.output
+    assert isinstance(done.exception, SystemExit)
+    assert "Traceback" not in done.output
+    assert done.stdout == ""
+    return done.stderr
+
+
+async def tables_of(url: str, schema: str | None = None) -> set[str]:
+    async with engine_for(url) as engine, engine.connect() as conn:
+        return set(await conn.run_sync(lambda conn: inspect(conn).get_table_names(schema)))
+
+
+async def execute(url: str, *statements: str) -> None:
+    async with engine_for(url) as engine, engine.begin() as conn:
+        for statement in statements:
+            await conn.execute(text(statement))
+
+
+async def use(url: str, **options: str) -> None:
+    async with SessionService(url, migrate="check", **options) as service:
+        await service.validate_schema()
+        await service.create_session(app_name="a", user_id="u")
+
+
+@every_kind
+def test_the_schemas_life(kind: str, fresh_database: NewDatabase) -> None:
+    url = fresh_database(kind)
+    assert ok("current", "--url", url) == "none\n"
+    assert "Run: adk-sessions upgrade --url …" in refused("check", "--url", url)
+    assert ok("upgrade", "--dry-run", "--url", url) == (
+        f"Now at no revision; upgrade would bring it to {migrate.HEAD}.\n"
+    )
+    assert run_sync(tables_of(url)) == set()
+    assert ok("upgrade", "--url", url) == f"From no revision to {migrate.HEAD}.\n"
+    assert ok("upgrade", url=url) == f"At {migrate.HEAD} already.\n"
+    assert ok("current", url=url) == f"{migrate.HEAD} (head)\n"
+    assert migrate.HEAD in ok("check", url=url)
+    run_sync(use(url))
+    assert ok("stamp", "0003", url=url) == "Stamped 0003.\n"
+    assert ok("current", url=url) == "0003\n"
+    assert "at revision 0003" in refused("check", url=url)
+    assert ok("stamp", url=url) == f"Stamped {migrate.HEAD}.\n"
+    assert ok("stamp", "base", url=url) == "Stamped none.\n"
+    assert "no revision 'nonsense'" in refused("stamp", "nonsense", url=url)
+
+
+@every_kind
+def test_check_prints_every_difference(kind: str, fresh_database: NewDatabase) -> None:
+    url = fresh_database(kind)
+    ok("upgrade", url=url)
+    run_sync(
+        execute(
+            url,
+            "ALTER TABLE events DROP COLUMN event_exact",
+            "ALTER TABLE user_states DROP COLUMN update_time",
+        )
+    )
+    message = refused("check", url=url)
+    assert "events.event_exact" in message
+    assert "user_states.update_time" in message
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_place_of_ones_own(kind: str, fresh_database: NewDatabase) -> None:
+    url = fresh_database(kind)
+    place = ["--table-prefix", "p_", *(["--schema", "agents"] if kind == "postgresql" else [])]
+    ok("upgrade", *place, url=url)
+    assert ok("current", *place, url=url) == f"{migrate.HEAD} (head)\n"
+    assert ok("current", url=url) == "none\n"
+    ok("check", *place, url=url)
+    schema = "agents" if kind == "postgresql" else None
+    assert run_sync(tables_of(url, schema)) == {"p_" + name for name in (*TABLES, VERSION_TABLE)}
+
+
+# SQL to paste
+
+
+@every_kind
+@pytest.mark.parametrize("place", [(), ("--schema", "agents", "--table-prefix", "p_")])
+def test_the_sql_makes_what_the_upgrade_makes(
+    kind: str, place: tuple[str, ...], fresh_database: NewDatabase
+) -> None:
+    if place and kind != "postgresql":
+        place = place[2:]
+    url = fresh_database(kind)
+    script = ok("sql", "--dialect", kind, *place)
+    run_sync(run_script(url, script))
+    assert ok("current", *place, url=url) == f"{migrate.HEAD} (head)\n"
+    ok("check", *place, url=url)
+    names = dict(zip(("schema", "table_prefix"), ("agents", "p_"), strict=True)) if place else {}
+    if kind != "postgresql":
+        names.pop("schema", None)
+    run_sync(use(url, **names))
+
+
+def test_sql_for_a_database_that_does_not_exist() -> None:
+    done = run("sql", "--dialect", "informix")
+    assert done.exit_code == 2
+    assert "'postgresql', 'mysql', 'mariadb'" in done.stderr
+
+
+@pytest.mark.parametrize("dialect", ["sqlite", "mysql", "mariadb"])
+def test_row_level_security_is_for_postgresql(dialect: str) -> None:
+    assert "row_level_security" in refused("sql", "--dialect", dialect, "--rls")
+
+
+def test_row_level_security_is_printed_with_the_tables() -> None:
+    assert "no schemas" in refused("sql", "--dialect", "sqlite", "--schema", "agents")
+    script = ok("sql", "--dialect", "postgresql", "--rls", "--schema", "agents")
+    assert script.startswith(ok("sql", "--dialect", "postgresql", "--schema", "agents"))
+    assert script.count("FORCE ROW LEVEL SECURITY") == 4
+
+
+# When it goes wrong
+
+
+def test_a_url_is_needed() -> None:
+    done = run("upgrade", url=None)
+    assert done.exit_code == 2
+    assert "--url" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["upgrade", "current", "check", "stamp"])
+def test_a_server_that_is_not_there(command: str) -> None:
+    message = refused(command, url=f"postgresql://ann:top-secret@127.0.0.1:{free_port()}/db")
+    assert "top-secret" not in message
+    assert message.startswith("Error: ")
+
+
+def test_a_url_that_is_none() -> None:
+    message = refused("current", "--url", "top-secret")
+    assert "top-secret" not in message
+
+
+def test_a_time_zone_that_is_none(fresh_database: NewDatabase) -> None:
+    message = refused("upgrade", "--source-timezone", "Mars/Base", url=fresh_database("sqlite"))
+    assert "Mars/Base" in message
+
+
+def test_a_lock_that_cannot_be_had(fresh_database: NewDatabase) -> None:
+    url = fresh_database("postgresql")
+
+    async def refuse() -> None:
+        connection = await asyncpg.connect(url)
+        try:
+            await connection.execute("SELECT pg_advisory_lock(x'61646B7365737331'::bigint)")
+            import asyncio
+
+            message = await asyncio.to_thread(refused, "upgrade", "--lock-timeout", "0.2", url=url)
+            assert "Look for a migration that hangs" in message
+        finally:
+            await connection.close()
+
+    run_sync(refuse())
+
+
+def test_every_command_is_documented() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert set(re.findall(r"adk-sessions ([a-z-]+)", readme)) >= set(main.commands)
+    for command in main.commands.values():
+        assert command.help
+
+
+def test_the_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "adk_sessions", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "adk-sessions [OPTIONS] COMMAND" in done.stdout
+    assert all(name in done.stdout for name in main.commands)
