@@ -13,6 +13,7 @@ from .errors import (
     SessionNotFoundError,
     SessionStoreError,
     StaleSessionError,
+    UnreadableEventError,
 )
 from .service import SessionService, Store
 from .session import Event, EventActions, GetSessionConfig, ListSessionsResponse, Session
@@ -37,4 +38,5 @@ __all__ = [
     "SessionStoreError",
     "StaleSessionError",
     "Store",
+    "UnreadableEventError",
 ]

@@ -40,8 +40,9 @@ __all__ = [
 
 # The options that a service has on an engine too.
 _STORE = {
-    *("backend", "lean_validation", "retry_window", "row_level_security"),
+    *("backend", "lean_validation", "on_bad_event", "retry_window", "row_level_security"),
     *("migrate", "schema", "table_prefix", "tables"),
+    *("pooler", "read_engine", "read_url", "statement_timeout"),
 }
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from . import clock, codec, errors
 from . import state as states
@@ -57,6 +58,12 @@ class ConfigLike(Protocol):
     def after_timestamp(self) -> float | None: ...
 
 
+logger = logging.getLogger(__name__)
+
+OnBadEvent = Literal["raise", "placeholder"]
+
+# Rows that one service names in its log.
+_WARNINGS = 1000
 # Events or sessions that are worth a pause of the garbage collector.
 _MANY = 20
 
@@ -85,7 +92,10 @@ class Binding(Generic[S, E]):
     stale: ClassVar[type[errors.StaleSessionError]] = errors.StaleSessionError
     lean_rules: ClassVar[Rules | None] = None
 
-    _validate_json: Callable[[str], Any] | None = None
+    _validate_json: Callable[..., Any] | None = None
+    _on_bad_event: OnBadEvent = "raise"
+    # rows that a warning has named
+    _warned: set[tuple[str, ...]]
 
     def _new_id(self) -> str:
         return str(uuid.uuid4())
@@ -108,10 +118,12 @@ class Binding(Generic[S, E]):
                 self._commit(session, event)
         else:
             if found.update_time != since:
-                temp = states.only_temp(session.state)
-                session.events.extend(own.get(row.id) or self._event(row) for row in missed)
+                # all of it is made before any of it shows: a row may be unreadable
+                between = [own.get(row.id) or self._event(row, _key(session)) for row in missed]
+                state = states.merge(_scopes(found.states)) | states.only_temp(session.state)
+                session.events.extend(between)
                 session.state.clear()
-                session.state.update(states.merge(_scopes(found.states)) | temp)
+                session.state.update(state)
             for event in events:
                 if delta := _delta(event):
                     session.state.update(states.only_temp(delta))
@@ -130,21 +142,22 @@ class Binding(Generic[S, E]):
         session.last_update_time = clock.to_epoch(revision)
         session._storage_update_marker = clock.to_marker(revision)
 
-    def _events(self, found: Snapshot, after: float | None) -> list[E]:
+    def _events(self, found: Snapshot, after: float | None, key: Key) -> list[E]:
         with uncollected(len(found.events)):
-            events = [self._event(row) for row in found.events]
+            events = [self._event(row, key) for row in found.events]
         if after is None:
             return events
         return [event for event in events if event.timestamp >= after]
 
-    def _event(self, row: StoredEvent) -> E:
-        event: E | None
+    def _event(self, row: StoredEvent, key: Key) -> E:
+        event: E
+        why: str | None = None
         try:
             event = codec.load_event(self.event_type, row.data, row.exact, self._validate_json)
-        except (ValidationError, ValueError):
-            event = None  # the error itself would quote the row, and be in the chain
-        if event is None:
-            raise errors.DatabaseError(f"The stored event {row.id!r} cannot be read.")
+        except codec.NO_EVENT as error:
+            why = codec.reason(error, self.event_type)
+        if why is not None:  # here, so the error is in nobody's chain: it would quote the row
+            return self._stand_in(row, key, why)
         # the row's own columns win, as in google-adk; a payload may lack them
         if event.id != row.id:
             event.id = row.id
@@ -152,6 +165,33 @@ class Binding(Generic[S, E]):
             event.invocation_id = row.invocation_id
         if "timestamp" not in cast(BaseModel, event).model_fields_set:
             event.timestamp = clock.to_epoch(row.timestamp)
+        return event
+
+    def _stand_in(self, row: StoredEvent, key: Key, why: str) -> E:
+        """What `on_bad_event` says of a row that cannot be read."""
+        if self._on_bad_event == "raise":
+            raise errors.UnreadableEventError(
+                f"The stored event {row.id!r} of session {key.session_id!r} of app"
+                f" {key.app_name!r} and user {key.user_id!r} cannot be read: {why}. A service with"
+                " on_bad_event='placeholder' reads the session without it; adk-sessions doctor"
+                " lists all such events.",
+                **key._asdict(),
+                event_id=row.id,
+            )
+        if (*key, row.id) not in self._warned and len(self._warned) < _WARNINGS:
+            self._warned.add((*key, row.id))
+            logger.warning(
+                "the stored event %r of session %r of app %r and user %r cannot be read: %s",
+                *(row.id, key.session_id, key.app_name, key.user_id, why),
+            )
+        event: E = codec.stand_in(
+            self.event_type,
+            codec.author_of(row.exact or row.data) or "user",
+            why,
+            id=row.id,
+            invocation_id=row.invocation_id,
+            timestamp=clock.to_epoch(row.timestamp),
+        )
         return event
 
     def _session(
@@ -191,6 +231,10 @@ def uncollected(objects: int) -> Iterator[None]:
     finally:
         if pause:
             gc.enable()
+
+
+def _key(session: SessionLike) -> Key:
+    return Key(session.app_name, session.user_id, session.id)
 
 
 def _scopes(stored: States) -> states.Scopes:

@@ -11,15 +11,21 @@ A string that happens to begin with the mark is escaped likewise, so nothing is 
 state this is done in place. An event stays readable for google-adk, whose fields are typed: its
 ``event_data`` has the offending character or number replaced, and the escaped form goes to a column
 beside it, which is null for almost every event.
+
+Fields that a newer version of an event's classes wrote are kept beside the event, each with the
+object that it belongs to, and written back with it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import json
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import quote, unquote
 
@@ -31,6 +37,10 @@ from .errors import DatabaseError, InvalidInputError
 logger = logging.getLogger(__name__)
 
 MARK = "adk_sessions:"
+#: the ``error_code`` of an event that stands for one that cannot be read
+UNREADABLE = "UNREADABLE_EVENT"
+#: what `load_event` raises for a row that is no event
+NO_EVENT = (ValidationError, ValueError, TypeError, RecursionError)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -46,6 +56,8 @@ _NOT_STORABLE = re.compile("[\0\ud800-\udfff]")
 # Python converts no longer decimal than this by default; hexadecimal has no limit.
 _LONG_INT_BITS = 14_000
 _TOO_DEEP = "is nested too deeply, or contains itself"
+# From pydantic 2.12 on validation can tell of fields that a model would ignore.
+_TELLS = "extra" in inspect.signature(BaseModel.model_validate_json).parameters
 
 
 class EventText(NamedTuple):
@@ -105,9 +117,11 @@ def load_state(text: str | None) -> dict[str, Any]:
     return cast("dict[str, Any]", _unescape(state)) if MARK in text else state
 
 
-def merge_state(text: str | None, delta: str) -> str:
+def merge_state(text: str | None, delta: str, deletes: Iterable[str] = ()) -> str:
     """Stored state text with a delta's top-level keys set, both escaped as they are."""
     merged = {**(_object(text) if text else {}), **_object(delta)}
+    for key in deletes:
+        merged.pop(key, None)
     try:
         return to_json(merged).decode()
     except ValueError:
@@ -171,14 +185,22 @@ def dump_event(event: BaseModel) -> EventText:
     """An event as google-adk would store it, and its exact form where that loses something.
 
     Raises:
-        InvalidInputError: it is nested deeper than 255 levels, or contains itself.
+        InvalidInputError: it is nested deeper than 255 levels, or contains itself; or it stands for
+            an event that could not be read.
     """
+    beside = event.__pydantic_extra__
+    if event.__dict__.get("error_code", (beside or {}).get("error_code")) == UNREADABLE:
+        raise InvalidInputError(
+            "this event stands for a stored one that cannot be read, and cannot be stored itself",
+            field="event",
+        )
+    newer = beside is not None and not _allows(event)
     try:
         text = event.model_dump_json(exclude_none=True)
     except (PydanticSerializationError, ValueError):
         pass  # a lone surrogate, or a value without a JSON form
     else:
-        if not _is_suspect(text):
+        if not newer and not _is_suspect(text):
             return EventText(text, None)
     odd: list[str] = []
 
@@ -193,6 +215,8 @@ def dump_event(event: BaseModel) -> EventText:
         except (UnicodeEncodeError, PydanticSerializationError):
             tree = _jsonable(plain, bytes_mode="base64", serialize_unknown=True)
         true = _restore(tree, plain)
+        if newer:
+            _put_back(event, true)
         data, exact = dumps(_clean(true)), dumps(_escape(true))
     except (PydanticSerializationError, ValueError, RecursionError):
         raise InvalidInputError(f"event {_TOO_DEEP}", field="event") from None
@@ -206,9 +230,9 @@ def load_event(
     event_type: type[M],
     data: str | None,
     exact: str | None,
-    validate_json: Callable[[str], M] | None = None,
+    validate_json: Callable[..., M] | None = None,
 ) -> M:
-    """The event of a stored row.
+    """The event of a stored row; fields that its classes do not know are kept beside.
 
     Args:
         event_type: the event's class.
@@ -217,23 +241,166 @@ def load_event(
         validate_json: makes the event of its JSON; the class itself if None.
 
     Raises:
-        pydantic.ValidationError, ValueError: the text is not such an event.
+        Those of `NO_EVENT`: the text is not such an event; `reason` tells why.
     """
-    if exact is None:
-        try:
-            return (validate_json or event_type.model_validate_json)(data or "{}")
-        except ValidationError:
-            # google-adk on SQLite writes what strict JSON forbids, such as lone surrogates
-            return event_type.model_validate(json.loads(data or "{}"))
-    return event_type.model_validate(_unescape(json.loads(exact)))
+    if exact is not None:
+        return _load(event_type, _unescape(json.loads(exact)))
+    if data is None:
+        raise ValueError
+    try:
+        return (validate_json or event_type.model_validate_json)(data, **_telling(event_type))
+    except ValidationError:
+        pass
+    # newer fields, or what strict JSON forbids but google-adk on SQLite writes: lone surrogates
+    return _load(event_type, json.loads(data))
+
+
+def reason(error: Exception, event_type: type[BaseModel]) -> str:
+    """Why a row is no event, in a few words without anything that is stored in it."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = next(iter(first["loc"]), None)
+        if field is None:
+            return f"not an event ({first['type']})"
+        known = any(field in (name, f.alias) for name, f in event_type.model_fields.items())
+        return f"{field if known else 'a field'} is not valid ({first['type']})"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "empty" if type(error) is ValueError else "not JSON"
+
+
+def author_of(text: str | None) -> str | None:
+    """The author of a stored event, though it is unreadable, if it can be told."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        author = json.loads(text or "")["author"]
+        return author if isinstance(author, str) and author else None
+    return None
+
+
+def stand_in(event_type: type[M], author: str, why: str, **row: Any) -> M:
+    """An event that stands for one that cannot be read; `dump_event` refuses it.
+
+    Args:
+        event_type: its class; fields that it does not know are attributes all the same.
+        author: of the event, as far as it can be told.
+        why: what `reason` says.
+        row: the fields that are columns.
+    """
+    said = {"error_code": UNREADABLE, "error_message": f"The stored event cannot be read: {why}."}
+    fields = {**row, "author": author, **said}
+    known = fields.keys() if _allows(event_type) else event_type.model_fields.keys()
+    given = {name: value for name, value in fields.items() if name in known}
+    try:
+        event = event_type.model_validate(given)
+    except ValidationError:  # the class needs more than the store knows of
+        event = event_type.model_construct(**given)
+    if not said.keys() <= known:
+        object.__setattr__(event, "__pydantic_extra__", said)
+    return event
 
 
 def same_event(one: EventText, other: EventText) -> bool:
     """Whether two stored forms are the same event; key order and JSONB's spelling do not matter."""
-    first, second = (
-        json.dumps(json.loads(text.exact or text.data), sort_keys=True) for text in (one, other)
-    )
+    try:
+        first, second = (
+            json.dumps(json.loads(text.exact or text.data), sort_keys=True) for text in (one, other)
+        )
+    except (ValueError, TypeError, RecursionError):
+        return False  # what is stored is damaged
     return first == second
+
+
+# --- fields that a newer version wrote ----------------------------------------------------------
+#
+# pydantic has a slot for the fields that a class does not know, and uses it only where the class
+# allows such fields. Elsewhere it is free: copies, deep copies and pickles take it along, dumps do
+# not show it. The event's own slot is set, if only to an empty dict, where one inside it is.
+# An event whose class allows unknown fields has no such sign, so nothing is taken out of it.
+
+
+def _load(event_type: type[M], tree: Any) -> M:
+    taken: list[tuple[tuple[Any, ...], Any]] = []
+    while True:
+        try:
+            event = event_type.model_validate(tree, **_telling(event_type))
+            break
+        except ValidationError as error:
+            unknown = [] if _allows(event_type) else _take_out(tree, error)
+            if not unknown:
+                raise
+            taken += unknown
+    for path, value in taken:
+        _put_beside(event, path, value)
+    return event
+
+
+@functools.cache
+def _telling(event_type: type[BaseModel]) -> dict[str, Any]:
+    """Options of a validation that must not drop a field in silence."""
+    return {} if _allows(event_type) or not _TELLS else {"extra": "forbid"}
+
+
+def _allows(model: BaseModel | type[BaseModel]) -> bool:
+    return model.model_config.get("extra") == "allow"
+
+
+def _take_out(tree: Any, error: ValidationError) -> list[tuple[tuple[Any, ...], Any]]:
+    """Takes out of a document what is wrong with it, if that is nothing but unknown fields."""
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    if any(line["type"] != "extra_forbidden" for line in details):
+        return []
+    taken = []
+    for path in {_find(tree, line["loc"]) for line in details}:
+        if path is not None:
+            owner = functools.reduce(lambda node, key: node[key], path[:-1], tree)
+            taken.append((path, owner.pop(path[-1])))
+    return taken
+
+
+def _find(node: Any, location: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The keys of a location of pydantic's, which also names members of unions and validators."""
+    if not location:
+        return ()
+    key, rest = location[0], location[1:]
+    is_item = isinstance(node, list) and isinstance(key, int) and key < len(node) and rest
+    if is_item or (isinstance(node, dict) and key in node):
+        path = _find(node[key], rest)
+        if path is not None:
+            return (key, *path)
+    return _find(node, rest) if rest else None
+
+
+def _put_beside(event: BaseModel, path: tuple[Any, ...], value: Any) -> None:
+    owner: Any = event
+    for key in path[:-1]:
+        if isinstance(owner, BaseModel):
+            fields = type(owner).model_fields.items()
+            key = next((name for name, f in fields if key in (name, f.alias)), key)
+            owner = owner.__dict__
+        owner = owner[key]
+    if not isinstance(owner, BaseModel):
+        raise TypeError
+    if event.__pydantic_extra__ is None:
+        object.__setattr__(event, "__pydantic_extra__", {})
+    beside = {**(owner.__pydantic_extra__ or {}), path[-1]: value}
+    object.__setattr__(owner, "__pydantic_extra__", beside)
+    if _allows(owner):
+        owner.model_fields_set.add(path[-1])
+
+
+def _put_back(value: Any, tree: Any) -> None:
+    """Adds what is kept beside objects to their JSON."""
+    if isinstance(value, BaseModel) and isinstance(tree, dict):
+        _put_back(value.__dict__, tree)
+        for key, item in (value.__pydantic_extra__ or {}).items():
+            tree.setdefault(key, item)
+    elif isinstance(value, dict) and isinstance(tree, dict):
+        for key, item in value.items():
+            if key in tree:
+                _put_back(item, tree[key])
+    elif isinstance(value, list | tuple) and isinstance(tree, list) and len(value) == len(tree):
+        for item, part in zip(value, tree, strict=True):
+            _put_back(item, part)
 
 
 def _restore(tree: Any, plain: Any) -> Any:

@@ -12,6 +12,8 @@
     │   └── ConversionRefusedError           rows of an old layout are not sound: .rows .more
     └── DatabaseError                        the database or the way to it failed:
         │                                    .retryable .code .driver_error
+        ├── UnreadableEventError             one stored event is damaged, or too new:
+        │                                    .app_name .user_id .session_id .event_id
         └── OutcomeUnknownError              the connection broke while a commit was under way
 
 A class's docstring is its default message. No message carries a password, a connection URL's query
@@ -36,6 +38,7 @@ __all__ = [
     "SessionNotFoundError",
     "SessionStoreError",
     "StaleSessionError",
+    "UnreadableEventError",
 ]
 
 
@@ -138,5 +141,28 @@ class DatabaseError(SessionStoreError):
         self.driver_error = driver_error
 
 
+class UnreadableEventError(DatabaseError):
+    """A stored event is damaged, or was written by newer software. Read the session without it with on_bad_event='placeholder'; adk-sessions doctor lists all such events.
+
+    Attributes:
+        app_name, user_id, session_id, event_id: which one.
+    """  # noqa: E501
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        app_name: str = "",
+        user_id: str = "",
+        session_id: str = "",
+        event_id: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.app_name = app_name
+        self.user_id = user_id
+        self.session_id = session_id
+        self.event_id = event_id
+
+
 class OutcomeUnknownError(DatabaseError):
-    """The connection broke while the call was being committed: it may or may not be stored. Repeat it with the same id."""  # noqa: E501
+    """The connection broke while the call was being committed: it may or may not be stored. Repeat an append or a create with the same id, read a state that was to be changed."""  # noqa: E501

@@ -61,19 +61,23 @@ class Lean(Generic[M]):
         self._proofs = _PROOFS
         self._validator = _build(model, rules) if rules else None
 
-    def __call__(self, text: str) -> M:
+    def __call__(self, text: str, **options: Any) -> M:
         """The event.
+
+        Args:
+            text: its JSON.
+            options: of ``model_validate_json``.
 
         Raises:
             pydantic.ValidationError: the text is not such an event.
         """
         if self._validator is None or self._is_suspect(text):
-            return self._model.model_validate_json(text)
+            return self._model.model_validate_json(text, **options)
         try:
-            event = cast(M, self._validator.validate_json(text))
+            event = cast(M, self._validator.validate_json(text, **options))
         except ValidationError:
-            return self._model.model_validate_json(text)
-        return self._proved(event, text) if self._proofs else event
+            return self._model.model_validate_json(text, **options)
+        return self._proved(event, text, options) if self._proofs else event
 
     def _is_suspect(self, text: str) -> bool:
         if "null" in text:
@@ -84,8 +88,8 @@ class Lean(Generic[M]):
                 return not self._shorthand.isdisjoint(json.loads(text))
         return False
 
-    def _proved(self, event: M, text: str) -> M:
-        full = self._model.model_validate_json(text)
+    def _proved(self, event: M, text: str, options: dict[str, Any]) -> M:
+        full = self._model.model_validate_json(text, **options)
         if not full.model_fields_set >= _NEEDED:
             return full
         self._proofs -= 1

@@ -1,7 +1,8 @@
 """What may be repeated, and how often.
 
-Every operation of the store may be: a read has no effect, an append and a create are told from
-their repetition by their id, a delete twice is a delete. So a call is repeated after a conflict
+Every operation of the store but one may be: a read has no effect, an append and a create are told
+from their repetition by their id, a delete twice is a delete. (A change of a state may be as long
+as its COMMIT has not been sent.) So a call is repeated after a conflict
 with another transaction, and after a lost connection, which is also how a dead pooled connection
 is noticed: there is no ping before use.
 """
@@ -14,13 +15,16 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from .dialects.faults import Fault, classify, is_database_error, translate
+from .dialects.faults import Fault, Undecided, classify, is_database_error, translate
 from .errors import SessionStoreError
 
 T = TypeVar("T")
 
 # A pooler refuses logins for 15 seconds after its server came back.
 WINDOW = 30.0
+
+# For what cannot be told from its repetition.
+_ONCE = "the change may or may not be stored; read the state to find out"
 
 _FIRST_DELAY = 0.02
 _LONGEST_DELAY = 2.0
@@ -58,6 +62,8 @@ class Retry:
                 result = await call()
             except SessionStoreError:
                 raise
+            except Undecided as undecided:
+                fault, failure = Fault.FATAL, translate(undecided.error, unknown=True, hint=_ONCE)
             except Exception as error:
                 fault = classify(error)
                 if fault is Fault.TAKEN or not is_database_error(error):

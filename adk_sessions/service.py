@@ -10,22 +10,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
 from operator import itemgetter
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel
 from sqlalchemy import URL, Connection
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from . import checks, clock, codec, errors
+from . import changes, checks, clock, codec, errors
 from . import state as states
-from .binding import Binding, ConfigLike, E, S, encode_deltas, encode_events, uncollected
-from .dialects import Backend, Synchronous, open_engine, open_url
-from .dialects.faults import Fault, classify, translate
-from .dialects.rows import Deltas, Key, NewEvent, Snapshot, States
+from .appends import Appends, OnStale
+from .binding import ConfigLike, E, OnBadEvent, S, encode_deltas, uncollected
+from .dialects import (
+    Backend,
+    Generic,
+    Pooler,
+    Synchronous,
+    open_engine,
+    open_replica,
+    open_url,
+)
+from .dialects.faults import Fault, classify
+from .dialects.rows import Key, Snapshot, States
 from .lean import Lean
 from .models import models
 from .retry import WINDOW, Retry
@@ -38,14 +45,11 @@ T = TypeVar("T")
 
 Mode = Literal["auto", "check", "off"]
 
-# Tries of an append that is refused though nobody has moved the session: each needs another
-# writer whose transaction was rolled back at the wrong moment.
-_TRIES = 8
 # Events of one batch: databases limit the parameters of a statement.
 _LARGEST_BATCH = 10_000
 
 
-class Store(Binding[S, E]):
+class Store(Appends[S, E]):
     """Sessions, events and state in any SQL database.
 
     Args:
@@ -71,6 +75,27 @@ class Store(Binding[S, E]):
         table_prefix: put before the names of tables and indexes: letters, digits and ``_``.
         tables: names of tables that the host application owns and migrates itself, by the names
             that they have here: ``{"sessions": "chat_sessions", "events": "chat_events", …}``.
+        on_stale: what an append does when somebody else has appended since the session was read,
+            unless it says so itself: ``raise`` refuses it, ``refresh`` appends it all the same and
+            brings what lies between into the caller's session. See `append_event`.
+        on_bad_event: what a read does about a stored event that is damaged, or that newer software
+            wrote and these classes cannot hold: ``raise`` an `UnreadableEventError` that names it,
+            or go on with a ``placeholder``: its id, invocation and time, its author if that can be
+            told, and an ``error_code``. A placeholder cannot be appended.
+        pooler: ``transaction`` says that a pooler stands between which may give each transaction
+            another connection (pgbouncer, hosted poolers): no statement is then left prepared. The
+            same as ``pgbouncer=true`` in the URL. An engine must be made for it; it is then only
+            told what ``migrate`` is by default.
+        connect_timeout: seconds for each host that a URL names, so that one which hangs is passed
+            over. None for what the URL's ``connect_timeout`` says, else 10.
+        statement_timeout: seconds that an operation may take once it has a connection; None for no
+            limit. One that takes longer loses its connection, and is repeated like any that does
+            within ``retry_window``. Migrations take as long as they take. It works through poolers,
+            and on servers that hang.
+        read_url: a replica of the database for `list_sessions`, and for `get_session` where it says
+            so. While it fails they read from the database itself. It shares all options; of several
+            hosts any will do.
+        read_engine: the same, as an engine of the application's.
         row_level_security: sets ``adk_sessions.app_name`` and ``adk_sessions.user_id`` in each
             transaction, for the policies that ``adk-sessions sql --rls`` prints; for databases that
             have such policies; that they are there, and bind the role, is seen to by the first
@@ -81,7 +106,8 @@ class Store(Binding[S, E]):
             is gone, a warning is logged and validation is the usual one.
         options: of ``sqlalchemy.ext.asyncio.create_async_engine``, such as ``pool_size``,
             ``max_overflow``, ``pool_timeout``, ``pool_recycle``, ``connect_args``. Those that shape
-            a pool mean nothing to SQLite, where a file has one connection to read and one to write.
+            a pool, ``pooler`` and the timeouts mean nothing to SQLite, where a file has one
+            connection to read and one to write.
 
     Raises:
         ConfigurationError: bad URL, missing or synchronous driver, unknown option; a ValueError.
@@ -99,6 +125,13 @@ class Store(Binding[S, E]):
         schema: str | None = None,
         table_prefix: str = "",
         tables: Mapping[str, str] | None = None,
+        on_stale: OnStale = "raise",
+        on_bad_event: OnBadEvent = "raise",
+        pooler: Pooler | None = None,
+        connect_timeout: float | None = None,
+        statement_timeout: float | None = None,
+        read_url: str | URL | None = None,
+        read_engine: AsyncEngine | None = None,
         row_level_security: bool = False,
         lean_validation: bool = False,
         **options: Any,
@@ -117,6 +150,9 @@ class Store(Binding[S, E]):
             )
         self.models = models(schema, table_prefix, tables)
         path: dict[str, Any] = {"backend": backend, "row_level_security": row_level_security}
+        path |= {"pooler": pooler, "statement_timeout": statement_timeout}
+        if connect_timeout is not None:
+            options["connect_timeout"] = connect_timeout
         if engine is None and url is not None:
             self._database, self._statements = open_url(
                 url, self.models, **path, sqlite_synchronous=sqlite_synchronous, **options
@@ -131,7 +167,22 @@ class Store(Binding[S, E]):
             self._database, self._statements = open_engine(engine, self.models, **path)
         else:
             raise errors.ConfigurationError("Exactly one of 'url' or 'engine' must be provided.")
+        self._replica = open_replica(
+            self._statements,
+            url=read_url,
+            engine=read_engine,
+            tables=self.models,
+            path=path,
+            options=options,
+        )
         self._migrate = self._mode(migrate)
+        if on_stale not in ("raise", "refresh"):
+            raise errors.ConfigurationError("on_stale must be 'raise' or 'refresh'")
+        self._on_stale = on_stale
+        if on_bad_event not in ("raise", "placeholder"):
+            raise errors.ConfigurationError("on_bad_event must be 'raise' or 'placeholder'")
+        self._on_bad_event = on_bad_event
+        self._warned = set()
         self._isolated = row_level_security
         self._retry = Retry(retry_window)
         self._turns = Turns()
@@ -240,6 +291,8 @@ class Store(Binding[S, E]):
         The service may be used again afterwards; an in-memory database is then empty.
         """
         await self._database.close()
+        if self._replica is not None:
+            await self._replica.close()
         self._prepared = False
 
     # --- sessions ------------------------------------------------------------------------------
@@ -310,6 +363,7 @@ class Store(Binding[S, E]):
         config: ConfigLike | None = None,
         num_recent_events: int | None = None,
         after_timestamp: float | None = None,
+        replica: bool = False,
     ) -> S | None:
         """Reads a session: state and events of one moment, events in the order of their append.
 
@@ -321,6 +375,8 @@ class Store(Binding[S, E]):
             num_recent_events: at most so many events, the newest; 0 for none, None for all.
             after_timestamp: only events whose own timestamp (seconds since the epoch) is this or
                 later; None or 0 for all. With both, time is filtered first.
+            replica: whether it may be read from the replica, if there is one. That may lag behind:
+                the session may be missing, and an append to it be refused as stale.
 
         Returns:
             The session, None if there is no such one.
@@ -338,16 +394,16 @@ class Store(Binding[S, E]):
         if not checks.are_keys(*key):
             return None
         await self.prepare_tables()
-        found = await self._read(key, limit=num_recent_events, after=after)
+        found = await self._read(key, limit=num_recent_events, after=after, replica=replica)
         if found is None:
             return None
-        events = self._events(found, after)
+        events = self._events(found, after, key)
         if num_recent_events and len(events) < len(found.events) == num_recent_events:
             # some were newer by their place only: look further back for the others
-            found = await self._read(key, limit=None, after=after)
+            found = await self._read(key, limit=None, after=after, replica=replica)
             if found is None:
                 return None
-            events = self._events(found, after)[-num_recent_events:]
+            events = self._events(found, after, key)[-num_recent_events:]
         return self._session(key, found.states, found.update_time, events)
 
     async def list_sessions(self, *, app_name: str, user_id: str | None = None) -> Any:
@@ -363,8 +419,8 @@ class Store(Binding[S, E]):
         if not checks.are_keys(app_name, "" if user_id is None else user_id):
             return self.list_type(sessions=[])
         await self.prepare_tables()
-        found = await self._run(
-            lambda conn: self._statements.listing(conn, app_name, user_id), write=False
+        found = await self._consult(
+            lambda statements, conn: statements.listing(conn, app_name, user_id), replica=True
         )
         app = codec.load_state(found.app_state)
         wider = {
@@ -432,19 +488,89 @@ class Store(Binding[S, E]):
             await self._run(lambda conn: self._statements.app_state(conn, app_name), write=False)
         )
 
+    async def update_state(
+        self,
+        *,
+        app_name: str,
+        user_id: str | None = None,
+        session_id: str | None = None,
+        delta: dict[str, Any] | None = None,
+        add: dict[str, int | float] | None = None,
+        delete: Iterable[str] | None = None,
+    ) -> dict[str, Any]:
+        """Changes state outside of a conversation: no event is written, no session becomes stale.
+
+        All of it is stored or nothing. Keys carry their prefix, as in an event's state delta:
+        ``app:`` for the application, ``user:`` for the user, none for the session. Sessions that
+        were read before do not show the change.
+
+        It is repeated only where it is certain that nothing was stored: a sum would show it.
+
+        Args:
+            app_name: the application.
+            user_id: the user; needed for ``user:`` keys and for a session.
+            session_id: the session; needed for keys without prefix.
+            delta: keys to set; None is a value like any other.
+            add: keys to add a number to, which may be negative; a missing one counts from 0.
+                Integers are added exactly, and as doubles where either number is a float.
+            delete: keys to remove.
+
+        Returns:
+            The keys of ``delta`` and ``add`` with their values as they are now stored.
+
+        Raises:
+            InvalidInputError: a key is ``temp:``, is there twice or lacks the id that it needs; an
+                amount, or the value it is to be added to, is not a number. Nothing was written.
+            SessionNotFoundError: there is no such session.
+            OutcomeUnknownError: the connection broke at the commit.
+        """
+        wanted = changes.changes(delta, add, delete)
+        if session_id is not None and user_id is None:
+            raise errors.InvalidInputError("a session is its user's: give user_id", field="user_id")
+        if wanted.session is not None and session_id is None:
+            raise errors.InvalidInputError(
+                "a key without a prefix is a session's: give session_id", field="session_id"
+            )
+        if wanted.user is not None and user_id is None:
+            raise errors.InvalidInputError("a user: key needs user_id", field="user_id")
+        key = self._checked(app_name, user_id or "", session_id or "")
+        if not any(wanted):
+            return {}
+        await self.prepare_tables()
+        now = clock.to_datetime(self._now())
+        written = await self._retry(
+            lambda: self._database.run(
+                lambda conn: self._statements.update_state(conn, key, wanted, now),
+                write=True,
+                once=True,
+            ),
+            write=False,
+        )
+        if written is None:
+            raise self.not_found(f"Session {session_id!r} not found.")
+        return changes.merged(written)
+
     # --- append --------------------------------------------------------------------------------
 
-    async def append_event(self, session: S, event: E) -> E:
+    async def append_event(self, session: S, event: E, *, on_stale: OnStale | None = None) -> E:
         """Appends an event to a session and sets its state delta, in storage and in ``session``.
 
         Appends of one service to one session take turns. The event's id makes a repetition
         harmless: the same event again changes nothing in storage, and brings into ``session`` what
-        it has missed. That also tells what became of an append that was cancelled.
+        it has missed.
+
+        A caller that is cancelled goes on when the append is done, so that ``session`` is what is
+        stored; if the database is silent for 2 seconds the append is given up, and the same event
+        again tells what became of it.
 
         Args:
             session: the session as it was created, read or listed; it is changed in place.
             event: a ``partial`` one is returned as it is; ``temp:`` keys of its state delta go to
                 ``session.state`` only, and are taken out of the event.
+            on_stale: ``refresh`` appends whoever else has done so, and then brings the events and
+                the state that lie between into ``session``, in order. An event that carries a
+                compaction is refused even so: it stands for events that its writer has seen.
+                ``raise`` refuses any. None for what the service was made with.
 
         Returns:
             ``event``.
@@ -460,10 +586,12 @@ class Store(Binding[S, E]):
         self._check_types(session, "append_event", event)
         if event.partial:
             return event
-        await self._append(session, [event])
+        await self._append(session, [event], on_stale)
         return event
 
-    async def append_events(self, session: S, events: Iterable[E]) -> list[E]:
+    async def append_events(
+        self, session: S, events: Iterable[E], *, on_stale: OnStale | None = None
+    ) -> list[E]:
         """Appends a batch of events to a session in one transaction: all of them or none.
 
         Much faster than one by one: for importing a history, or for what an agent has produced
@@ -475,6 +603,7 @@ class Store(Binding[S, E]):
             session: the session as it was created, read or listed; it is changed in place.
             events: in the order in which they are to be read; at most 10,000, each with an id of
                 its own. Those that are ``partial`` are left out.
+            on_stale: as `append_event`.
 
         Returns:
             The events as a list, the partial ones too.
@@ -500,116 +629,29 @@ class Store(Binding[S, E]):
         if len({event.id for event in new}) < len(new):
             raise errors.InvalidInputError("two events of a batch have one id", field="events")
         if new:
-            await self._append(session, new)
+            await self._append(session, new, on_stale)
         return given
 
-    def _check_types(self, session: object, method: str, *events: object) -> None:
-        wrong = None if all(isinstance(event, BaseModel) for event in events) else "event"
-        if wrong or not isinstance(session, BaseModel):
-            raise errors.InvalidInputError(
-                f"{method} takes a {self.session_type.__name__} and an {self.event_type.__name__}",
-                field=wrong or "session",
-            )
-
-    async def _append(self, session: S, events: list[E]) -> None:
-        key = self._checked(session.app_name, session.user_id, session.id)
-        for event in events:
-            checks.check_event(event)
-        await self.prepare_tables()
-        async with self._turns.of(key):
-            await self._append_next(key, session, events)
-
-    async def _append_next(self, key: Key, session: S, events: list[E]) -> None:
-        new, deltas = encode_events(events)
-        ids = [event.id for event in events]
-        marker = session._storage_update_marker
-        expected = None if marker is None else clock.from_marker(marker)
-        for _ in range(_TRIES):
-            if marker is None:
-                expected = await self._matching_revision(key, session)
-            revision: datetime | None = None
-            taken: IntegrityError | None = None
-            if expected is not None:
-                try:
-                    revision = await self._run(
-                        self._appending(key, expected, new, deltas), write=True
-                    )
-                except IntegrityError as error:
-                    taken = error
-            if revision is not None:
-                for event in events:
-                    self._commit(session, event)
-                self._remember(session, revision)
-                return
-            since = expected or clock.to_datetime(session.last_update_time)
-            found = await self._run(self._catching_up(key, since, ids), write=False)
-            if found is None:
-                raise self._missing(session)
-            stored = {row.id: codec.EventText(row.data or "{}", row.exact) for row in found.events}
-            same = [event.id in stored for event in new]
-            if any(same):
-                if not all(same):
-                    raise errors.EventConflictError(
-                        "Some events of the batch are stored already: append only the others."
-                    )
-                if not all(codec.same_event(event.text, stored[event.id]) for event in new):
-                    raise errors.EventConflictError
-                self._catch_up(session, events, found, since)
-                return
-            if taken is not None:
-                raise translate(taken, unknown=False) from None
-            if expected is None or (marker is not None and found.update_time != expected):
-                raise self.stale
-            # else the statement waited for a writer that gave up, or one came between the look at
-            # a session without marker and the append: the next try tells which
-        raise self.stale
-
-    def _appending(
-        self, key: Key, expected: datetime, new: list[NewEvent], deltas: Deltas
-    ) -> Callable[[Connection], datetime | None]:
-        return lambda conn: self._statements.append(conn, key, expected, new, deltas)
-
-    def _catching_up(
-        self, key: Key, since: datetime, event_ids: list[str]
-    ) -> Callable[[Connection], Snapshot | None]:
-        return lambda conn: self._statements.catch_up(conn, key, since, event_ids)
-
-    async def _matching_revision(self, key: Key, session: S) -> datetime | None:
-        """The stored revision, if a session without a marker can be said to be at it.
-
-        A session made by hand or by an older release has no marker. It counts as current if it is
-        not older than storage, or if its newest event is the newest one stored.
-        """
-        found = await self._run(lambda conn: self._statements.revision(conn, key), write=False)
-        if found is None:
-            raise self._missing(session)
-        revision, newest_id = found
-        newest_known = session.events[-1].id if session.events else None
-        if clock.to_epoch(revision) <= session.last_update_time or newest_id == newest_known:
-            return revision
-        return None
-
     # --- pieces --------------------------------------------------------------------------------
-
-    def _checked(self, app_name: str, user_id: str, session_id: str) -> Key:
-        checks.check_key(app_name, "app_name")
-        checks.check_key(user_id, "user_id")
-        checks.check_key(session_id, "session_id")
-        return Key(app_name, user_id, session_id)
 
     async def _run(self, work: Callable[[Connection], T], *, write: bool) -> T:
         return await self._retry(lambda: self._database.run(work, write=write), write=write)
 
+    async def _consult(self, work: Callable[[Generic, Connection], T], *, replica: bool) -> T:
+        if replica and self._replica is not None:
+            return await self._replica.read(work, lambda: self._consult(work, replica=False))
+        return await self._run(lambda conn: work(self._statements, conn), write=False)
+
     async def _read(
-        self, key: Key, *, limit: int | None, after: float | None = None
+        self, key: Key, *, limit: int | None, after: float | None = None, replica: bool = False
     ) -> Snapshot | None:
         limit = None if limit is None else min(limit, 2**31 - 1)
         moment = None if after is None else clock.just_before(clock.to_datetime(after))
-        return await self._run(
-            lambda conn: self._statements.read(
+        return await self._consult(
+            lambda statements, conn: statements.read(
                 conn, key, limit=limit, after=moment, epoch=after or 0.0
             ),
-            write=False,
+            replica=replica,
         )
 
 

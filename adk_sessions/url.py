@@ -64,6 +64,8 @@ _LIBPQ_FILES = {
 }
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _MYSQL_FILES = ("ssl_ca", "ssl_cert", "ssl_key", "ssl_crl")
+# Whose URLs may list several hosts.
+_SEVERAL = ("postgres", "mysql", "mariadb")
 # The forms that hosted databases hand out; where there are several, the last one counts.
 _MYSQL_TLS: dict[str, dict[str, str | None]] = {
     "ssl": {"true": "required", "false": "disabled", '{"rejectUnauthorized":true}': "identity"},
@@ -96,15 +98,16 @@ def resolve(db_url: str | URL) -> Target:
     a URL that names an async driver keeps it. A relative SQLite path becomes absolute.
 
     For asyncpg the parameters of libpq are understood: several hosts, unix sockets, `sslmode` and
-    the certificate files, `application_name`, `options`, `connect_timeout` (seconds for all hosts
-    together, 0 for no limit), `target_session_attrs`. asyncpg's own numbers are converted, and
+    the certificate files, `application_name`, `options`, `connect_timeout` (seconds, 0 for no
+    limit), `target_session_attrs`. asyncpg's own numbers are converted, and
     `pgbouncer=true` turns its statement cache off. Two things differ from libpq: asyncpg has no
     channel binding, so `channel_binding` is ignored; and `sslmode=allow` or `prefer` together
     with a certificate parameter means `require`, for asyncpg has no fallback to plain text then.
 
-    For asyncmy `ssl_mode`, `ssl_ca`, `ssl_cert`, `ssl_key` (with `_` or `-`) and `sslaccept` are
-    understood. A certificate authority that is given is always verified; PREFERRED without one
-    connects without TLS. The character set is utf8mb4 unless the URL says otherwise.
+    For asyncmy several hosts, `connect_timeout`, `ssl_mode`, `ssl_ca`, `ssl_cert`, `ssl_key` (with
+    `_` or `-`) and `sslaccept` are understood. A certificate authority that is given is always
+    verified; PREFERRED without one connects without TLS. The character set is utf8mb4 unless the
+    URL says otherwise.
 
     Args:
         db_url: URL as a string, or as SQLAlchemy's own.
@@ -147,7 +150,12 @@ def resolve(db_url: str | URL) -> Target:
     if url.get_backend_name() == "sqlite":
         return Target(_absolute(url, shown), {})
     if url.get_backend_name() == "postgresql":
-        url = _place_hosts(url)
+        url = _place_hosts(url, 5432)
+    elif url.get_backend_name() in _SEVERAL and "host" in url.query:
+        if dialect.driver == "asyncmy":
+            url = _place_hosts(url, 3306)
+        elif not isinstance(url.query["host"], str):
+            raise _bad("host", f"a single one: {dialect.driver} has no others to turn to")
     translate = {"asyncpg": _asyncpg, "asyncmy": _asyncmy}.get(dialect.driver)
     return translate(url) if translate else Target(url, {})
 
@@ -228,7 +236,7 @@ def _parse(db_url: str | URL) -> URL | None:
                 if "@" in parts[2] + parts[3]:
                     return None
                 database = unquote(parts[3][1:]) or None  # SQLAlchemy 2.0 does not decode it
-                if parts[1].startswith("postgres") and "," in parts[2]:
+                if parts[1].startswith(_SEVERAL) and "," in parts[2]:
                     hosts = parts[2].split(",")  # SQLAlchemy parses one host only
                     db_url = parts[1] + db_url[parts.end(2) :]
         url = make_url(db_url).set(database=database)
@@ -259,7 +267,7 @@ def _query(url: URL) -> dict[str, str]:
     return {key: value for key, value in pairs if value}
 
 
-def _place_hosts(url: URL) -> URL:
+def _place_hosts(url: URL, port: int) -> URL:
     """One host goes into the URL; several, or a socket, into `host=a,b&port=1,2`."""
     given = {key: url.query.get(key, ()) for key in ("host", "port")}
     hosts, ports = (",".join([v] if isinstance(v, str) else v) for v in given.values())
@@ -276,8 +284,8 @@ def _place_hosts(url: URL) -> URL:
         if len(listed) not in (1, len(names)) or any(own):
             raise _bad("port", "one for all hosts, or as many as there are hosts")
         own = listed * len(names) if len(listed) == 1 else listed
-    default = url.port or (5432 if len(names) > 1 else None)
-    numbers = [_number("port", port, int, 1) if port else default for port in own]
+    default = url.port or (port if len(names) > 1 else None)
+    numbers = [_number("port", text, int, 1) if text else default for text in own]
     query = {key: value for key, value in url.query.items() if key not in given}
     if len(names) == 1 and "/" not in hosts:
         return url.set(host=names[0], port=numbers[0], query=query)

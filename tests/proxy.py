@@ -14,9 +14,24 @@ Lose = Literal["request", "reply"]
 
 @dataclass
 class _Cut:
-    marker: bytes
     lose: Lose
-    meanwhile: Callable[[], Awaitable[object]] | None
+    meanwhile: Callable[[], Awaitable[object]] | None = None
+    marker: bytes = b""
+    exchange: int = 0  # 0: the marker decides
+
+    def is_due(self, data: bytes, begins: bool) -> bool:
+        if not self.exchange:
+            return self.marker in data
+        self.exchange -= begins
+        return not self.exchange
+
+
+@dataclass
+class _Talk:
+    """One connection's two directions."""
+
+    replied: asyncio.Queue[_Cut]
+    asking: bool = False  # the client has sent something since the server's last word
 
 
 class Proxy:
@@ -24,10 +39,12 @@ class Proxy:
 
     Attributes:
         fired: how many connections were cut as planned; a test must look at it.
+        lost: the request at which the last one was.
     """
 
     def __init__(self, host: str, port: int) -> None:
         self.fired = 0
+        self.lost = b""
         self._target = (host, port)
         self._cut: _Cut | None = None
         self._lines: set[asyncio.Task[None]] = set()
@@ -65,7 +82,24 @@ class Proxy:
             lose: the request, which the server then never sees, or the server's reply to it.
             meanwhile: awaited at that moment, before the client can notice.
         """
-        self._cut = _Cut(marker.encode(), lose, meanwhile)
+        self._cut = _Cut(lose, meanwhile, marker.encode())
+
+    async def deserted(self) -> None:
+        """Waits until nobody is connected any more: a farewell would be an exchange."""
+        async with asyncio.timeout(30):
+            while self._lines:  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
+
+    def cut_exchange(self, number: int, *, lose: Lose) -> None:
+        """Cut the connection that has the so many-th exchange from now on, once.
+
+        An exchange is what a client sends until the server answers, in however many messages.
+
+        Args:
+            number: 1 is the next.
+            lose: the request or the reply, as for `cut`.
+        """
+        self._cut = _Cut(lose, exchange=number)
 
     async def _accept(self, client: asyncio.StreamReader, back: asyncio.StreamWriter) -> None:
         line = asyncio.current_task()
@@ -78,10 +112,10 @@ class Proxy:
             try:
                 server, forth = await asyncio.open_connection(*self._target)
                 writers.append(forth)
-                replied: asyncio.Queue[_Cut] = asyncio.Queue()
+                talk = _Talk(asyncio.Queue())
                 pumps += [
-                    asyncio.create_task(self._forth(client, forth, replied)),
-                    asyncio.create_task(self._back(server, back, replied)),
+                    asyncio.create_task(self._forth(client, forth, talk)),
+                    asyncio.create_task(self._back(server, back, talk)),
                 ]
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -96,20 +130,21 @@ class Proxy:
         self,
         client: asyncio.StreamReader,
         server: asyncio.StreamWriter,
-        replied: asyncio.Queue[_Cut],
+        talk: _Talk,
     ) -> None:
         """Requests, until one must be lost."""
         tail = b""
         while data := await client.read(65_536):
             cut = self._cut
+            begins, talk.asking = not talk.asking, True
             if cut is not None:
-                found = cut.marker in tail + data
+                found = cut.is_due(tail + data, begins)
                 tail = (tail + data)[1 - len(cut.marker) :]
                 if found:
-                    self._cut = None
+                    self._cut, self.lost = None, data
                     if cut.lose == "request":
                         return await self._fire(cut)
-                    replied.put_nowait(cut)
+                    talk.replied.put_nowait(cut)
             server.write(data)
             await server.drain()
 
@@ -117,12 +152,13 @@ class Proxy:
         self,
         server: asyncio.StreamReader,
         client: asyncio.StreamWriter,
-        replied: asyncio.Queue[_Cut],
+        talk: _Talk,
     ) -> None:
         """Replies, until one must be lost."""
         while data := await server.read(65_536):
-            if not replied.empty():
-                return await self._fire(replied.get_nowait())
+            talk.asking = False
+            if not talk.replied.empty():
+                return await self._fire(talk.replied.get_nowait())
             client.write(data)
             await client.drain()
 

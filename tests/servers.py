@@ -379,8 +379,13 @@ class Pgbouncer:
 
 
 @contextmanager
-def run_pgbouncer(postgres: Postgres) -> Iterator[Pgbouncer]:
-    """A pooler for every database of that server, with few connections for many clients."""
+def run_pgbouncer(postgres: Postgres, **settings: object) -> Iterator[Pgbouncer]:
+    """A pooler for every database of that server, with few connections for many clients.
+
+    Args:
+        postgres: the server.
+        **settings: more of pgbouncer.ini, or others than the tests' own.
+    """
     program = _find_program("pgbouncer")
     if program is None:
         raise ServerNotFound("pgbouncer not found: there is no such program on the PATH")
@@ -400,7 +405,7 @@ def run_pgbouncer(postgres: Postgres) -> Iterator[Pgbouncer]:
         )
         # Nothing is added to what pgbouncer accepts by default (ignore_startup_parameters):
         # the tests are to see what a plain pgbouncer refuses.
-        settings = {
+        entries = {
             "listen_addr": LOOPBACK,
             "listen_port": address.port,
             "unix_socket_dir": "",
@@ -408,9 +413,10 @@ def run_pgbouncer(postgres: Postgres) -> Iterator[Pgbouncer]:
             "pool_mode": "transaction",
             "default_pool_size": 4,
             "max_client_conn": 200,
+            **settings,
         }
         lines = ["[databases]", f"* = {' '.join(quoted)}", "[pgbouncer]"]
-        lines += [f"{key} = {value}" for key, value in settings.items()]
+        lines += [f"{key} = {value}" for key, value in entries.items()]
         (child.directory / "pgbouncer.ini").write_text("\n".join([*lines, ""]))
         pgbouncer = Pgbouncer(address, child)
         pgbouncer.start()
@@ -422,8 +428,37 @@ def run_pgbouncer(postgres: Postgres) -> Iterator[Pgbouncer]:
 # MariaDB
 
 
+@dataclass
 class MariaDB(Server):
-    """A MariaDB (or MySQL) server."""
+    """A MariaDB (or MySQL) server; one of ours can be stopped, killed and started again."""
+
+    durable: bool = False
+
+    def start(self) -> None:
+        child = self._own()
+        child.start(
+            "--no-defaults",
+            f"--datadir={child.directory / 'data'}",
+            f"--bind-address={LOOPBACK}",
+            f"--port={self.port}",
+            f"--socket={child.directory / 'socket'}",
+            f"--pid-file={child.directory / 'pid'}",
+            # the tests' data dies with them
+            f"--innodb-flush-log-at-trx-commit={1 if self.durable else 0}",
+            ready=lambda: self.problem() is None,
+        )
+
+    def stop(self) -> None:
+        """Shutdown: running statements are ended, clients are not told why."""
+        self._own().end(signal.SIGTERM)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def kill(self) -> None:
+        """Kill it at once, as a crash of the machine would."""
+        self._own().end(signal.SIGKILL)
 
     def create_database(self, name: str) -> str:
         self.execute(f"CREATE DATABASE `{name}` CHARACTER SET utf8mb4")
@@ -475,9 +510,9 @@ def find_mariadb() -> str | None:
 
 
 @contextmanager
-def run_mariadb(*, durable: bool = False) -> Iterator[MariaDB]:
-    """The server that find_mariadb finds, or else one of one's own."""
-    if found := find_mariadb():
+def run_mariadb(*, durable: bool = False, own: bool = False) -> Iterator[MariaDB]:
+    """The server that find_mariadb finds, or else, and always with ``own``, one of one's own."""
+    if found := None if own else find_mariadb():
         yield MariaDB(make_url(found))
         return
     program, install = _find_program("mariadbd"), _find_program("mariadb-install-db")
@@ -491,18 +526,9 @@ def run_mariadb(*, durable: bool = False) -> Iterator[MariaDB]:
         child.leave_root()
         data = f"--datadir={child.directory / 'data'}"
         child.run(install, "--no-defaults", data, "--auth-root-authentication-method=normal")
-        server = MariaDB(URL.create("mysql", "root", host=LOOPBACK, port=free_port()), child)
-        child.start(
-            "--no-defaults",
-            data,
-            f"--bind-address={LOOPBACK}",
-            f"--port={server.port}",
-            f"--socket={child.directory / 'socket'}",
-            f"--pid-file={child.directory / 'pid'}",
-            # the tests' data dies with them
-            f"--innodb-flush-log-at-trx-commit={1 if durable else 0}",
-            ready=lambda: server.problem() is None,
-        )
+        address = URL.create("mysql", "root", host=LOOPBACK, port=free_port())
+        server = MariaDB(address, child, durable)
+        server.start()
         yield server
     finally:
         child.remove(signal.SIGTERM)

@@ -364,7 +364,7 @@ async def test_a_cancelled_append_is_stored_whole_or_not_at_all(
     url = request.getfixturevalue(shared) if shared else fresh_database(kind)
     engine: AsyncEngine | None = None
     if shared:
-        engine = create_engine(url, pool_size=2, max_overflow=0, pool_timeout=5)
+        engine = create_engine(url, pool_size=1, max_overflow=0, pool_timeout=5)
     service = SessionService(None if engine else url, engine=engine, **options)
     moments: list[tuple[Callable[[Awaitable[Any], Any], Awaitable[None]], Any]] = []
     moments += [(_after_turns, turns) for turns in range(24)]
@@ -395,6 +395,7 @@ async def test_a_cancelled_append_is_stored_whole_or_not_at_all(
             assert stored.state == {
                 key: value for id in expected for key, value in in_each_scope(id).items()
             }
+            assert session == stored, "the caller's session is not what is stored"
         assert 0 < cancelled < len(moments), "no moment lay within an append"
         assert len(expected) < len(moments)
         assert await service.get_user_state(app_name=app_name, user_id="ann") == {

@@ -21,13 +21,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {"errors", "session", "state", "clock", "turns"},
     {"checks", "codec", "lean", "pickles"},
-    {"url"},
+    {"url", "changes"},
     {"dialects"},
     {"retry"},
     {"models"},
     {"binding", "convert", "validate"},
     {"adoption"},
-    {"migrate"},
+    {"migrate", "appends"},
     {"service"},
     {"adk", "testing", "transfer"},
     {"__init__"},
@@ -39,7 +39,7 @@ RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules
 SIDEWAYS: set[tuple[str, str]] = set()
 NAMES_DATABASES = ("url.py", "dialects/")
 DATABASES = re.compile(r"postgres|sqlite|mysql|mariadb|oracle|mssql|cockroach", re.IGNORECASE)
-BUDGET = 6_300
+BUDGET = 7_600
 
 
 def name_of(path: Path) -> str:

@@ -481,6 +481,25 @@ def test_asyncmy_gets_the_character_set_and_numbers(scheme: str) -> None:
     assert received(f"{scheme}://h/d?charset=latin1")["charset"] == "latin1"
 
 
+@pytest.mark.parametrize(
+    ("url", "hosts", "ports"),
+    [
+        ("mysql://u:p@h1:1,h2:2/d", "h1,h2", "1,2"),
+        ("mariadb://u:p@h1,h2:3307/d", "h1,h2", "3306,3307"),
+        ("mysql+asyncmy://u:p@/d?host=h1,h2&port=4", "h1,h2", "4,4"),
+    ],
+)
+def test_several_hosts_are_kept_for_asyncmy(url: str, hosts: str, ports: str) -> None:
+    seen = received(url)
+    assert (seen["host"], seen["port"]) == (hosts, ports)
+    assert (seen["user"], seen["password"], seen["db"]) == ("u", "p", "d")
+
+
+def test_several_hosts_are_not_for_every_driver() -> None:
+    assert "parameter host " in refused(f"mysql+aiomysql://u:{SECRET}@h1,h2/d")
+    assert resolve("mysql+aiomysql://u@/d?host=h").url.query == {"host": "h"}
+
+
 NONE, REQUIRED = ssl.CERT_NONE, ssl.CERT_REQUIRED
 
 
@@ -554,7 +573,7 @@ UNPARSEABLE = [
     f"postgresql:/{SECRET}@h/d",
     f"postgresql://u:{SECRET}@h:port/d",
     f"postgresql://u:{SECRET}@h:5432:{SECRET}/d",
-    f"mysql://u:{SECRET}@h1:1,h2:2/d",
+    f"mssql+aioodbc://u:{SECRET}@h1:1,h2:2/d",
     # A character of the password that is not percent-encoded moves the rest elsewhere.
     f"postgresql://u:p@{SECRET}@h/d",
     f"postgresql://u:p@x/{SECRET}@h/d",

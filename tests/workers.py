@@ -11,14 +11,17 @@ what is stored at the end. Tasks of a test call the same writers as the processe
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import math
+import os
 import random
 import subprocess
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NoReply
 from dataclasses import asdict, dataclass, field
@@ -56,7 +59,10 @@ SHARED = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}
 
 @dataclass(frozen=True)
 class Call:
-    """One acknowledged create (without an event) or append. Times are of the machine's clock."""
+    """A create (without an event) or an append. Times are of the machine's clock.
+
+    One of which nobody knows whether it is stored may still come to be: it ends at infinity.
+    """
 
     user: str
     session: str
@@ -67,34 +73,68 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Count:
+    """An addition of 1 to a counter.
+
+    Attributes:
+        key: with its scope's prefix; the user and the session are its place where that counts.
+        value: what it came to; None if nobody knows whether it is stored.
+    """
+
+    user: str
+    session: str
+    key: str
+    value: int | None
+    began: float
+    ended: float
+
+
+@dataclass(frozen=True)
 class Read:
-    """What one read of a session returned."""
+    """What one read of a session returned.
+
+    Attributes:
+        fresh: whether storage was asked for everything. The session that an append has left in
+            its caller's hands is not: what others do to wider state is not known to it.
+    """
 
     user: str
     session: str
     events: list[str]
     state: dict[str, Any]
     began: float
+    ended: float = math.inf
+    fresh: bool = True
 
 
 @dataclass
 class Record:
-    """What one writer, or all of them, did and saw."""
+    """What one writer, or all of them, did and saw.
+
+    Attributes:
+        calls: those that were acknowledged.
+        unknown: those that may or may not be stored.
+        failed: those that were refused, and must not be stored.
+        counts: additions, those of unknown outcome among them.
+    """
 
     calls: list[Call] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
+    unknown: list[Call] = field(default_factory=list)
+    failed: list[Call] = field(default_factory=list)
+    counts: list[Count] = field(default_factory=list)
 
     @classmethod
     def of(cls, replies: Iterable[Record | dict[str, Any]]) -> Record:
         """All of them as one; those of processes come as JSON."""
         whole = cls()
         for reply in replies:
-            if isinstance(reply, Record):
-                whole.calls += reply.calls
-                whole.reads += reply.reads
-            else:
-                whole.calls += [Call(**call) for call in reply["calls"]]
-                whole.reads += [Read(**read) for read in reply["reads"]]
+            done = asdict(reply) if isinstance(reply, Record) else reply
+            whole.calls += [Call(**call) for call in done["calls"]]
+            whole.unknown += [Call(**call) for call in done["unknown"]]
+            whole.failed += [Call(**call) for call in done["failed"]]
+            whole.counts += [Count(**count) for count in done["counts"]]
+            whole.reads += [Read(**read) for read in done["reads"]]
         return whole
 
 
@@ -102,27 +142,52 @@ def faults(record: Record, final: Iterable[Read]) -> list[str]:
     """Everything in which storage does not match the record; no two calls may set the same key.
 
     Args:
-        record: every call that was acknowledged, and no other may have left anything.
+        record: every call that may have left anything.
         final: every session, read when all writers had ended.
     """
     stored = {read.session: read for read in final}
     found = [f"{call.session} is lost" for call in record.calls if call.session not in stored]
+    found += _faults_of_answers(record.counts)
+    # what is unknown counts as done where its event is there, with all that belongs to it
+    done = record.calls + [call for call in record.unknown if _is_there(call, stored)]
     for read in stored.values():
-        calls = [call for call in record.calls if call.session == read.session]
-        found += _faults_of_events(calls, read)
-        found += _faults_of_state(record.calls, read)
+        calls = [call for call in done if call.session == read.session]
+        refused = {call.event for call in record.failed if call.session == read.session}
+        found += _faults_of_events(calls, refused, read)
+        found += _faults_of_state(done, {count.key for count in record.counts}, read)
+        found += _faults_of_counters(record.counts, read, final=True)
         for earlier in record.reads:
             if earlier.session == read.session:
                 found += _faults_of_read(calls, earlier, read)
+                if earlier.fresh:
+                    found += _missing_keys(record.calls, earlier)
+                    found += _faults_of_counters(record.counts, earlier)
     return found
 
 
-def _faults_of_events(calls: list[Call], final: Read) -> list[str]:
+def _is_there(call: Call, stored: dict[str, Read]) -> bool:
+    read = stored.get(call.session)
+    return read is not None and (call.event is None or call.event in read.events)
+
+
+def _reaches(key: str, one: Call | Count, read: Read) -> bool:
+    """Whether a key that was set or counted by ``one`` is in what was read."""
+    if key.startswith("app:"):
+        return True
+    return one.user == read.user and (key.startswith("user:") or one.session == read.session)
+
+
+def _faults_of_events(calls: list[Call], refused: set[str | None], final: Read) -> list[str]:
     acknowledged = {call.event: call for call in calls if call.event is not None}
     times = Counter(final.events)
     found = [f"event {event} is lost" for event in acknowledged if event not in times]
     found += [f"event {event} is there {n} times" for event, n in times.items() if n > 1]
-    found += [f"event {event} is nobody's" for event in times if event not in acknowledged]
+    found += [f"event {event} was refused and is there" for event in times if event in refused]
+    found += [
+        f"event {event} is nobody's"
+        for event in times
+        if event not in acknowledged and event not in refused
+    ]
     latest: Call | None = None
     for event in final.events:
         call = acknowledged.get(event)
@@ -135,18 +200,20 @@ def _faults_of_events(calls: list[Call], final: Read) -> list[str]:
     return found
 
 
-def _faults_of_state(calls: list[Call], final: Read) -> list[str]:
+def _faults_of_state(calls: list[Call], counters: set[str], final: Read) -> list[str]:
     expected: dict[str, Any] = {}
     for call in calls:
         for key, value in call.delta.items():
-            shared = key.startswith("app:") or (key.startswith("user:") and call.user == final.user)
-            own = ":" not in key and call.session == final.session
-            if shared or own:
+            if _reaches(key, call, final):
                 expected[key] = value
     state = final.state
     where = f"the state of {final.session}"
     found = [f"{key} is lost from {where}" for key in expected if key not in state]
-    found += [f"{key} is nobody's in {where}" for key in state if key not in expected]
+    found += [
+        f"{key} is nobody's in {where}"
+        for key in state
+        if key not in expected and key not in counters
+    ]
     found += [
         f"{key} is {state[key]!r} and not {value!r} in {where}"
         for key, value in expected.items()
@@ -159,10 +226,11 @@ def _faults_of_read(calls: list[Call], read: Read, final: Read) -> list[str]:
     found = []
     if final.events[: len(read.events)] != read.events:
         found.append(f"a read of {read.session} is no prefix: {read.events}")
+    events = set(read.events)
     for call in calls:
         if call.event is None:
             continue
-        if call.event not in read.events:
+        if call.event not in events:
             if call.ended < read.began:
                 found.append(f"a read of {read.session} misses {call.event}")
             held = [key for key in call.delta if key in read.state]
@@ -170,6 +238,51 @@ def _faults_of_read(calls: list[Call], read: Read, final: Read) -> list[str]:
             held = [key for key in call.delta if key not in read.state]
         if held:
             found.append(f"in a read of {read.session} {call.event} and {held} do not match")
+    return found
+
+
+def _missing_keys(calls: list[Call], read: Read) -> list[str]:
+    return [
+        f"a read of {read.session} misses {key}"
+        for call in calls
+        if call.ended < read.began and call.session != read.session
+        for key in call.delta
+        if key not in read.state and _reaches(key, call, read)
+    ]
+
+
+def _faults_of_counters(counts: list[Count], read: Read, *, final: bool = False) -> list[str]:
+    """Counters that miss an acknowledged addition, or hold more than there can have been."""
+    found = []
+    for key in sorted({count.key for count in counts}):
+        own = [count for count in counts if count.key == key and _reaches(key, count, read)]
+        least = sum(one.value is not None and (final or one.ended < read.began) for one in own)
+        most = sum(final or one.began < read.ended for one in own)
+        value = read.state.get(key, 0)
+        if type(value) is not int or not least <= value <= most:
+            what = f"the state of {read.session}" if final else f"a read of {read.session}"
+            found.append(f"{key} is {value!r} and not {least} to {most} in {what}")
+    return found
+
+
+def _faults_of_answers(counts: list[Count]) -> list[str]:
+    """Additions that came to a value which another came to, or which there cannot have been yet."""
+    places: dict[tuple[str, ...], list[Count]] = {}
+    for one in counts:
+        place = {"app:": (), "user:": (one.user,)}.get(
+            one.key.partition(":")[0] + ":", (one.user, one.session)
+        )
+        places.setdefault((one.key, *place), []).append(one)
+    found = []
+    for own in places.values():
+        key, known = own[0].key, [one for one in own if one.value is not None]
+        values = Counter(one.value for one in known)
+        found += [f"{n} additions to {key} came to {v!r}" for v, n in values.items() if n > 1]
+        for one in known:
+            least = 1 + sum(before.ended < one.began for before in known)
+            most = sum(before.began < one.ended for before in own)
+            if type(one.value) is not int or not least <= one.value <= most:
+                found.append(f"an addition to {key} came to {one.value!r}, not {least} to {most}")
     return found
 
 
@@ -192,8 +305,22 @@ def in_each_scope(name: str) -> dict[str, Any]:
     return {prefix + name: name for prefix in ("app:", "user:", "")}
 
 
+def numbers(appends: int, stop: str | None) -> Iterator[int]:
+    """So many numbers, and with ``stop`` more of them until there is a file of that name."""
+    for n in itertools.count():
+        if n >= appends and (stop is None or Path(stop).exists()):
+            return
+        yield n
+
+
 async def fill(
-    service: SessionService, *, app: str, user: str, writer: str, appends: int
+    service: SessionService,
+    *,
+    app: str,
+    user: str,
+    writer: str,
+    appends: int,
+    stop: str | None = None,
 ) -> Record:
     """Create a session and append to it, each time with a new key in each scope."""
     record = Record()
@@ -201,7 +328,7 @@ async def fill(
     began = time.monotonic()
     session = await service.create_session(app_name=app, user_id=user, state=delta)
     record.calls.append(Call(user, session.id, None, delta, began, time.monotonic()))
-    for n in range(appends):
+    for n in numbers(appends, stop):
         name = f"{writer}-{n}"
         delta = in_each_scope(name)
         began = time.monotonic()
@@ -219,12 +346,13 @@ async def share(
     sessions: list[str],
     appends: int,
     now: Clock = time.time,
+    stop: str | None = None,
 ) -> Record:
     """Append to sessions that others append to as well; reload and repeat when one is stale."""
     record = Record()
     held: dict[str, Session] = {}
     choose = random.Random(writer)
-    for n in range(appends):
+    for n in numbers(appends, stop):
         id = choose.choice(sessions)
         name = f"{writer}-{n}"
         delta = in_each_scope(name) if n % 2 else {name: name}
@@ -250,15 +378,34 @@ async def load(service: SessionService, app: str, user: str, id: str) -> Session
     return session
 
 
-def seen(session: Session, began: float = 0.0) -> Read:
+def seen(
+    session: Session, began: float = 0.0, ended: float = math.inf, *, fresh: bool = True
+) -> Read:
     ids = [event.id for event in session.events]
-    return Read(session.user_id, session.id, ids, dict(session.state), began)
+    return Read(session.user_id, session.id, ids, dict(session.state), began, ended, fresh)
 
 
 async def read_all(service: SessionService, app: str) -> list[Read]:
     """Every session of an app, as it is stored."""
     listed = await service.list_sessions(app_name=app)
     return [seen(await load(service, app, one.user_id, one.id)) for one in listed.sessions]
+
+
+def errors_of(service: SessionService) -> list[str]:
+    """The drivers' errors, by the names of their classes, that the service will meet."""
+    met: list[str] = []
+    run = service._database.run
+
+    async def watched(*args: Any, **options: Any) -> Any:
+        try:
+            return await run(*args, **options)
+        except Exception as error:
+            original = getattr(error, "orig", None)
+            met.append(type(getattr(original, "__cause__", None) or original or error).__name__)
+            raise
+
+    service._database.run = watched  # type: ignore[method-assign]
+    return met
 
 
 # --- a process ---------------------------------------------------------------------------------
@@ -269,9 +416,11 @@ class Worker:
 
     service: SessionService
     held: dict[str, Session]
+    met: list[str]
 
     async def open(self, url: str, **options: Any) -> None:
         self.service = SessionService(url, **options)
+        self.met = errors_of(self.service)
 
     async def close(self) -> None:
         await self.service.close()
@@ -280,9 +429,14 @@ class Worker:
         return asdict(await fill(self.service, **arguments))
 
     async def share(
-        self, offset: float, frozen: float | None = None, **arguments: Any
+        self, offset: float = 0.0, frozen: float | None = None, **arguments: Any
     ) -> dict[str, Any]:
         return asdict(await share(self.service, **arguments, now=clock(offset, frozen)))
+
+    async def together(self, jobs: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+        """Several jobs that keep records, at once; and the driver's errors that were met."""
+        records = await asyncio.gather(*(getattr(self, do)(**args) for do, args in jobs))
+        return {"records": records, "met": self.met}
 
     async def create(self, app: str, user: str, ids: list[str], value: str) -> list[str]:
         """Create sessions; the ids of those that were not there yet."""
@@ -350,9 +504,8 @@ class Worker:
         return {"torn": torn, "moments": moments}
 
 
-async def work() -> None:
+async def work(worker: Worker) -> None:
     """Do the jobs that come as lines of JSON; one line answers each."""
-    worker = Worker()
     while line := await asyncio.to_thread(sys.stdin.readline):
         job = json.loads(line)
         try:
@@ -363,13 +516,26 @@ async def work() -> None:
 
 
 class Crew:
-    """Processes that work at once. They are started once: what races is their services."""
+    """Processes that work at once. They are started once: what races is their services.
 
-    def __init__(self, size: int) -> None:
-        command = [sys.executable, "-W", "error", __file__]
+    Args:
+        size: how many.
+        script: a module that calls `work` with a worker of its own, for more jobs than `Worker`
+            does.
+    """
+
+    def __init__(self, size: int, *, script: str = __file__) -> None:
+        command = [sys.executable, "-W", "error", script]
+        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         self._processes = [
             subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+                env=environment,
             )
             for _ in range(size)
         ]
@@ -396,19 +562,21 @@ class Crew:
         """One job for each of so many processes, all at once; what they return."""
         return self.run_all([(job, one) for one in arguments])
 
-    def run_all(self, jobs: list[tuple[str, dict[str, Any]]]) -> list[Any]:
+    def run_all(
+        self, jobs: list[tuple[str, dict[str, Any]]], *, patience: float = PATIENCE
+    ) -> list[Any]:
         working = self._processes[: len(jobs)]
         lines = [json.dumps({"do": job, "with": arguments}) + "\n" for job, arguments in jobs]
         for process, line in zip(working, lines, strict=True):
             assert process.stdin
             process.stdin.write(line)
         replies = [self._readers.submit(process.stdout.readline) for process in working]  # type: ignore[union-attr]
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         try:
             lines = [reply.result(max(deadline - time.monotonic(), 0)) for reply in replies]
         except NoReply:
             self._kill()
-            raise AssertionError(f"no reply in {PATIENCE:g} seconds: {jobs}") from None
+            raise AssertionError(f"no reply in {patience:g} seconds: {jobs}") from None
         decoded = [json.loads(line or '{"error": "the process has ended"}') for line in lines]
         errors = [reply["error"] for reply in decoded if "error" in reply]
         assert not errors, "\n".join(errors)
@@ -427,4 +595,4 @@ class Crew:
 
 
 if __name__ == "__main__":
-    asyncio.run(work())
+    asyncio.run(work(Worker()))

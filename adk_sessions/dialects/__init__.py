@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, TypeVar
 
 from sqlalchemy import URL, Connection
@@ -16,9 +17,12 @@ from ..errors import ConfigurationError
 from . import rls
 from .adk_sqlite import is_adk_sqlite
 from .base import Generic
+from .hosts import DRIVERS, Connector
 from .mysql import MySQL, NamedLock
+from .pools import Pool
 from .postgresql import JsonbColumns, PostgreSQL
 from .reads import Tables
+from .replica import Replica
 from .servers import EngineDatabase, spare_rollbacks
 from .sqlite import SQLite, SQLiteDatabase, Synchronous
 from .types import MYSQL_FAMILY
@@ -27,8 +31,11 @@ __all__ = [
     "Backend",
     "Database",
     "Generic",
+    "Pooler",
+    "Replica",
     "Synchronous",
     "open_engine",
+    "open_replica",
     "open_url",
     "policies",
     "statements_for",
@@ -39,6 +46,7 @@ __all__ = [
 T = TypeVar("T")
 
 Backend = Literal["auto", "generic"]
+Pooler = Literal["transaction"]
 
 _STATEMENTS: dict[str, type[Generic]] = {
     "sqlite": SQLite,
@@ -84,8 +92,8 @@ class Database(Protocol):
         """An engine on the same database, for the application's own statements."""
         ...
 
-    async def run(self, work: Callable[[Connection], T], *, write: bool) -> T:
-        """Runs one operation, all of it or nothing."""
+    async def run(self, work: Callable[[Connection], T], *, write: bool, once: bool = False) -> T:
+        """Runs one operation, all of it or nothing; with ``once``, `Undecided` if that is open."""
         ...
 
     async def submit(self, work: Callable[[Connection], T], *, write: bool) -> T:
@@ -151,6 +159,10 @@ def open_url(
     backend: Backend = "auto",
     row_level_security: bool = False,
     sqlite_synchronous: Synchronous = "FULL",
+    pooler: Pooler | None = None,
+    connect_timeout: float | None = None,
+    statement_timeout: float | None = None,
+    writes: bool = True,
     **options: Any,
 ) -> tuple[Database, Generic]:
     """The database at a URL and the statements it takes; nothing is connected yet.
@@ -161,6 +173,10 @@ def open_url(
         backend: ``generic`` forces the path that any SQL database can go.
         row_level_security: names the app and the user in each transaction.
         sqlite_synchronous: durability of an SQLite file.
+        pooler: ``transaction`` for one that may give each transaction another connection.
+        connect_timeout: seconds for each host; None for what the URL says.
+        statement_timeout: seconds that an operation may take once it has a connection.
+        writes: whether, of several hosts, it must be one that can be written to.
         options: of ``create_async_engine``.
 
     Raises:
@@ -168,6 +184,9 @@ def open_url(
     """
     if sqlite_synchronous not in ("FULL", "NORMAL"):
         raise ConfigurationError("sqlite_synchronous must be 'FULL' or 'NORMAL'")
+    _check_pooler(pooler)
+    _check_seconds("connect_timeout", connect_timeout)
+    _check_seconds("statement_timeout", statement_timeout)
     target = urls.resolve(url)
     if target.url.get_backend_name() == "sqlite":
         statements = statements_for("sqlite", tables, backend, row_level_security)
@@ -191,19 +210,47 @@ def open_url(
             raise ConfigurationError("The URL names no database: add /name to it, or pass schema=")
     if not options.keys() & _POOL_SIZE:
         options |= _POOL
-    engine = urls.create_engine(url, **options)
-    if sparing:
-        spare_rollbacks(engine)
+    driver = target.url.get_driver_name()
+    if driver not in DRIVERS and not connect_timeout is statement_timeout is None:
+        raise ConfigurationError(
+            f"connect_timeout and statement_timeout are for {' and '.join(DRIVERS)}: give {driver}"
+            " its own in connect_args"
+        )
+    if pooler is not None:
+        if driver != "asyncpg":
+            raise ConfigurationError(f"pooler= is for PostgreSQL with asyncpg, not for {driver}")
+        options["connect_args"] = {**(options.get("connect_args") or {}), "statement_cache_size": 0}
+
+    def make() -> Pool:
+        connector, given = None, options.get("connect_args") or {}
+        if driver in DRIVERS and isinstance(given, Mapping):
+            connect = given.get("async_creator_fn")
+            connector = Connector(driver, timeout=connect_timeout, writes=writes, connect=connect)
+            given = {**given, "async_creator_fn": connector}
+        engine = urls.create_engine(url, **{**options, "connect_args": given})
+        if connector is not None:
+            connector.attach(engine)
+        if sparing:
+            spare_rollbacks(engine)
+        return Pool(rls.in_transactions(engine) if row_level_security else engine, connector)
+
+    def make_another() -> Pool:
+        if "pool" in options:
+            raise ConfigurationError("A pool that was passed works in one event loop only.")
+        return make()
+
+    pool = make()
     connect_args = {**target.connect_args, **(options.get("connect_args") or {})}
-    return open_engine(
-        engine,
-        tables,
-        backend=backend,
-        row_level_security=row_level_security,
-        owned=True,
+    statements = statements_for(pool.engine.dialect.name, tables, backend, row_level_security)
+    database = EngineDatabase(
+        pool,
+        statements,
+        make=make_another,
         # what `pgbouncer=true` turns into; nobody else would do without the cache
         behind_pooler=connect_args.get("statement_cache_size") == 0,
+        timeout=statement_timeout,
     )
+    return database, statements
 
 
 def open_engine(
@@ -212,12 +259,89 @@ def open_engine(
     *,
     backend: Backend = "auto",
     row_level_security: bool = False,
-    owned: bool = False,
-    behind_pooler: bool = False,
+    pooler: Pooler | None = None,
+    statement_timeout: float | None = None,
 ) -> tuple[Database, Generic]:
-    """A database behind an engine that the application made, and the statements it takes."""
-    statements = statements_for(engine.dialect.name, tables, backend, row_level_security)
+    """A database behind an engine that the application made, and the statements it takes.
+
+    Args:
+        engine: the engine.
+        tables: the tables to work on.
+        backend: ``generic`` forces the path that any SQL database can go.
+        row_level_security: names the app and the user in each transaction.
+        pooler: what stands between; the engine is to be made for it.
+        statement_timeout: seconds that an operation may take once it has a connection.
+
+    Raises:
+        ConfigurationError: an option is not acceptable, or not for this engine's driver.
+    """
+    _check_pooler(pooler)
+    _check_seconds("statement_timeout", statement_timeout)
+    name, driver = engine.dialect.name, engine.dialect.driver
+    statements = statements_for(name, tables, backend, row_level_security)
+    if name == "sqlite":
+        pooler = statement_timeout = None
+    if pooler is not None and name != "postgresql":
+        raise ConfigurationError(f"pooler= is for PostgreSQL, not for {name}")
+    if statement_timeout is not None and driver not in DRIVERS:
+        raise ConfigurationError(f"statement_timeout is for {' and '.join(DRIVERS)}")
     if row_level_security:
         engine = rls.in_transactions(engine)
-    database = EngineDatabase(engine, statements, owned=owned, behind_pooler=behind_pooler)
+    database = EngineDatabase(
+        Pool(engine), statements, behind_pooler=pooler is not None, timeout=statement_timeout
+    )
     return database, statements
+
+
+def open_replica(
+    statements: Generic,
+    *,
+    url: str | URL | None,
+    engine: AsyncEngine | None,
+    tables: Tables,
+    path: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> Replica | None:
+    """The copy of a database that reads may use; None if there is none.
+
+    Args:
+        statements: the database's own.
+        url: of the copy; any of its hosts will do.
+        engine: the application's engine on it. Not both.
+        tables: the tables to work on.
+        path: what `open_url` and `open_engine` take alike.
+        options: further ones of `open_url`.
+
+    Raises:
+        ConfigurationError: both are given, or it is no copy of such a database.
+    """
+    if url is None and engine is None:
+        return None
+    if url is not None and engine is not None:
+        raise ConfigurationError("Give one of 'read_url' and 'read_engine', not both.")
+    if not isinstance(url, str | URL | None) or not isinstance(engine, AsyncEngine | None):
+        raise ConfigurationError("read_url is a string or a URL, and read_engine an AsyncEngine")
+    if engine is not None:
+        copy = open_engine(engine, tables, **path)
+    else:
+        assert url is not None
+        copy = open_url(url, tables, **path, **options, writes=False)
+    if isinstance(statements, SQLite) or type(copy[1]) is not type(statements):
+        raise ConfigurationError(
+            "A read replica is a server that follows the one that is written to: both of the same"
+            " kind, and no SQLite file."
+        )
+    return Replica(*copy)
+
+
+def _check_pooler(pooler: object) -> None:
+    if pooler not in ("transaction", None):
+        raise ConfigurationError("pooler must be 'transaction' or None")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if value is None:
+        return
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:  # type: ignore[operator]
+        raise ConfigurationError(f"{name} must be seconds, more than 0, or None")

@@ -26,9 +26,10 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from .. import codec
+from ..changes import Change, Changes, encode
 from .faults import Overtaken
 from .reads import Reads, Tables
-from .rows import Deltas, Key, NewEvent, States, event_parameters
+from .rows import Deltas, Key, NewEvent, Revisions, States, event_parameters
 from .types import Timestamp
 
 TICK = timedelta(microseconds=1)
@@ -59,6 +60,7 @@ class Generic(Reads):
             False: session.values(touched),
             True: session.values(touched | {"state": self.as_json("v_state")}),
         }
+        self._set_state = session.values(state=self.as_json("v_state"))
         scopes = (tables.app_states, tables.user_states)
         self._insert_event = insert(tables.events).values(
             id=bindparam("k_event"),
@@ -105,21 +107,21 @@ class Generic(Reads):
         self,
         conn: Connection,
         key: Key,
-        expected: datetime,
+        expected: datetime | None,
         events: Sequence[NewEvent],
         deltas: Deltas,
-    ) -> datetime | None:
+    ) -> Revisions | None:
         """Appends events and sets their deltas, if the session is still at revision ``expected``.
 
         Args:
             conn: in a transaction if an operation needs one.
             key: the session.
-            expected: its revision as the caller knows it.
+            expected: its revision as the caller knows it; None for any.
             events: one or more, in order.
             deltas: what all of them together set.
 
         Returns:
-            The session's new revision, None when it is not at ``expected`` or does not exist.
+            The session's revisions, None when it was not at ``expected`` or does not exist.
 
         Raises:
             IntegrityError: the session has an event with one of the ids.
@@ -127,7 +129,7 @@ class Generic(Reads):
         for event in events:
             self.check_size(conn, "event", event.text.data, event.text.exact or "")
         row = self.lock_session(conn, key, with_state=deltas.session is not None)
-        if row is None or row.update_time != expected:
+        if row is None or expected not in (None, row.update_time):
             return None
         newest = conn.execute(self._newest_time, key.parameters()).scalar()
         # the newest event is past update_time only where google-adk once moved that back
@@ -139,7 +141,43 @@ class Generic(Reads):
             self.check_size(conn, "state", parameters["v_state"])
         self._update(conn, self._set_session[deltas.session is not None], parameters)
         self._merge_wider(conn, key, deltas, now)
-        return now
+        return Revisions(row.update_time, now)
+
+    def update_state(
+        self, conn: Connection, key: Key, changes: Changes, now: datetime
+    ) -> States | None:
+        """Changes the states of scopes, and no session's revision.
+
+        Args:
+            conn: in a transaction.
+            key: the session; where only wider scopes change, its other ids may be anything.
+            changes: of each scope.
+            now: the time, for the wider scopes' rows.
+
+        Returns:
+            What was written in each scope, None when there is no such session.
+
+        Raises:
+            InvalidInputError: a key that is added to is not a number, or a state is too large.
+        """
+        written: dict[str, str] = {}
+        if changes.session is not None:
+            text = self._change(conn, self.tables.sessions, key, changes.session, now)
+            if text is None:
+                return None
+            written["session"] = text
+        for name, table in (("app", self.tables.app_states), ("user", self.tables.user_states)):
+            change: Change | None = getattr(changes, name)
+            if change is not None:
+                text = self._change(conn, table, key, change, now)
+                if text is None:
+                    parameters = {**key.parameters(), "v_now": now, "v_state": "{}"}
+                    self.insert_if_missing(conn, table, parameters)
+                    text = self._change(conn, table, key, change, now)
+                if text is None:
+                    raise Overtaken
+                written[name] = text
+        return States(*map(written.get, States._fields))
 
     def delete(self, conn: Connection, key: Key) -> None:
         """Deletes a session and its events; the events too where the tables have no foreign key."""
@@ -158,6 +196,12 @@ class Generic(Reads):
         if not self.lock(conn, self.tables.sessions, self._is_session, key):
             return None
         return conn.execute(self.session_row(with_state), key.parameters()).first()
+
+    def lock_scope(self, conn: Connection, table: Table, key: Key) -> Any:
+        """Holds a scope's row until the transaction ends; its update_time and state."""
+        if not self.lock(conn, table, self.is_scope(table), key):
+            return None
+        return conn.execute(self.wider_row(table), key.parameters()).first()
 
     def lock(self, conn: Connection, table: Table, where: ColumnElement[bool], key: Key) -> bool:
         """Locks a row by writing it as it is: every database locks what it updates.
@@ -221,6 +265,10 @@ class Generic(Reads):
             columns.append(self.as_text(s.state).label("state"))
         return select(*columns).where(self._is_session)
 
+    def wider_row(self, table: Table) -> Select[Any]:
+        columns = (table.c.update_time, self.as_text(table.c.state).label("state"))
+        return select(*columns).where(self.is_scope(table))
+
     def _insert_events(
         self, conn: Connection, key: Key, events: Sequence[NewEvent], base: datetime
     ) -> datetime:
@@ -261,6 +309,27 @@ class Generic(Reads):
         """Writes one row, which a snapshot of REPEATABLE READ may not have though it is there."""
         if not self.write(conn, statement, parameters):
             raise Overtaken
+
+    def _change(
+        self, conn: Connection, table: Table, key: Key, change: Change, now: datetime
+    ) -> str | None:
+        """Changes one scope's state on its locked row; what was written, None without a row."""
+        parameters: dict[str, Any] = {**key.parameters(), "v_now": now}
+        if table is self.tables.sessions:
+            row = self.lock_session(conn, key, with_state=True)
+            statement = self._set_state
+        else:
+            row = self.lock_scope(conn, table, key)
+            statement = self._set_scope[table]
+            if row is not None:
+                parameters["v_now"] = max(now, row.update_time)
+        if row is None:
+            return None
+        text = encode(change, codec.load_state(row.state) if change.adds else {})
+        parameters["v_state"] = codec.merge_state(row.state, text, change.deletes)
+        self.check_size(conn, "state", parameters["v_state"])
+        self._update(conn, statement, parameters)
+        return text
 
     def _merge_wider(self, conn: Connection, key: Key, deltas: Deltas, now: datetime) -> None:
         """Sets deltas in the wider scopes; rows are locked in this order."""

@@ -19,6 +19,18 @@ class Overtaken(Exception):
     """A row that this transaction has locked is not there to be written: its snapshot is older."""
 
 
+class Undecided(Exception):
+    """The answer to the COMMIT of what must not happen twice was lost.
+
+    Args:
+        error: the driver's.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
 class Fault(Enum):
     """What an error says about the call that met it."""
 
@@ -131,6 +143,11 @@ def classify(error: BaseException) -> Fault:
     return Fault.FATAL
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error leaves it open if the statement that met it has happened."""
+    return classify(error) is Fault.LOST
+
+
 def must_invalidate(error: BaseException) -> bool:
     """Whether the connection is of no further use though the driver thinks it is."""
     if not isinstance(error, DBAPIError):
@@ -138,12 +155,18 @@ def must_invalidate(error: BaseException) -> bool:
     return code_of(error) == "25006" or type(_driver_error(error)).__name__ == _CONFUSED
 
 
-def translate(error: Exception, *, unknown: bool) -> DatabaseError | ConfigurationError:
+def translate(
+    error: Exception,
+    *,
+    unknown: bool,
+    hint: str = "the call may or may not be stored; repeat it with the same id",
+) -> DatabaseError | ConfigurationError:
     """The store's own error for one of a driver or of SQLAlchemy, with nothing of its text.
 
     Args:
         error: what was raised.
         unknown: whether a lost connection leaves it open if something was written.
+        hint: what to do then.
     """
     fault = classify(error)
     code = code_of(error)
@@ -158,15 +181,15 @@ def translate(error: Exception, *, unknown: bool) -> DatabaseError | Configurati
     if isinstance(error, ImportError):
         return ConfigurationError(f"A package of the database driver is missing: {error.name}.")
     what = name if code is None else f"{name}, {code}"
-    hint = _NAME_HINTS.get(name) or (_HINTS.get(code) if code is not None else None)
+    advice = _NAME_HINTS.get(name) or (_HINTS.get(code) if code is not None else None)
     kind = DatabaseError
     message = f"The database refused the call ({what})"
     if fault is Fault.LOST or name in _NAME_HINTS:
         message = f"The connection to the database failed ({what})"
         if unknown and fault is Fault.LOST:
             kind = OutcomeUnknownError
-            hint = "the call may or may not be stored; repeat it with the same id"
-    message += f": {hint}." if hint else "."
+            advice = hint
+    message += f": {advice}." if advice else "."
     return kind(
         message, retryable=fault not in (Fault.FATAL, Fault.TAKEN), code=code, driver_error=name
     )

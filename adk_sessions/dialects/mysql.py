@@ -21,7 +21,7 @@ from .. import codec
 from ..errors import InvalidInputError
 from .base import Generic
 from .reads import Tables
-from .rows import Deltas, Key, NewEvent, States
+from .rows import Deltas, Key, NewEvent, Revisions, States
 from .types import Timestamp
 
 # What a statement is long besides its payload: key columns, names, the packet's header.
@@ -85,23 +85,23 @@ class MySQL(NamedLock):
         self,
         conn: Connection,
         key: Key,
-        expected: datetime,
+        expected: datetime | None,
         events: Sequence[NewEvent],
         deltas: Deltas,
-    ) -> datetime | None:
+    ) -> Revisions | None:
         for event in events:
             self.check_size(conn, "event", event.text.data, event.text.exact or "")
         names = _named(deltas)
         row = self._hold(conn, key, names)
-        if row is None or row.update_time != expected:
+        if row is None or expected not in (None, row.update_time):
             return None
         row = self._complete(conn, key, row, names, events[-1].timestamp)
-        # The newest event is past update_time only where google-adk once moved that back. It is
-        # not locked and its snapshot may be older than the lock, but not than `expected`.
+        # The newest event is past update_time only where google-adk once moved that back: long
+        # ago, so it does not matter that it is not locked.
         base = max(row.newest or row.update_time, row.update_time)
         now = self._insert_events(conn, key, events, base)
         self._write(conn, key, row, deltas, now)
-        return now
+        return Revisions(row.update_time, now)
 
     def _insert_events(
         self, conn: Connection, key: Key, events: Sequence[NewEvent], base: datetime
@@ -210,6 +210,9 @@ class MySQL(NamedLock):
         return conn.execute(
             self.session_row(with_state).with_for_update(), key.parameters()
         ).first()
+
+    def lock_scope(self, conn: Connection, table: Table, key: Key) -> Any:
+        return conn.execute(self.wider_row(table).with_for_update(), key.parameters()).first()
 
     def insert_if_missing(self, conn: Connection, table: Table, parameters: dict[str, Any]) -> None:
         statement = self.insert_scope(upsert(table), table)

@@ -40,11 +40,13 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from .. import codec
+from ..changes import Change, encode
 from ..errors import SchemaError
 from .base import Generic
 from .prepared import Compiled
 from .reads import Tables
-from .rows import Deltas, Key, NewEvent, States, event_parameters
+from .rows import Deltas, Key, NewEvent, Revisions, States, event_parameters
 from .types import Timestamp
 
 # The advisory lock's key, in the database of the tables: "adksess1" as a number.
@@ -133,7 +135,8 @@ class PostgreSQL(JsonbColumns):
         super().__init__(tables)
         self._compiled: dict[Any, Compiled] = {}
         self._creates: dict[tuple[bool, bool], Any] = {}
-        self._appends: dict[tuple[bool, bool, bool, bool], Any] = {}
+        self._appends: dict[tuple[bool, bool, bool, bool, bool], Any] = {}
+        self._changes: dict[Table, tuple[Any, Any]] = {}
         session = (
             delete(tables.sessions).where(self._is_session).returning(tables.sessions.c.id).cte("s")
         )
@@ -231,12 +234,13 @@ class PostgreSQL(JsonbColumns):
         self,
         conn: Connection,
         key: Key,
-        expected: datetime,
+        expected: datetime | None,
         events: Sequence[NewEvent],
         deltas: Deltas,
-    ) -> datetime | None:
+    ) -> Revisions | None:
         batch = len(events) > 1
-        shape = (deltas.session is not None, deltas.app is not None, deltas.user is not None, batch)
+        named = (deltas.session is not None, deltas.app is not None, deltas.user is not None)
+        shape = (*named, batch, expected is None)
         statement = self._appends.get(shape)
         if statement is None:
             statement = self._appends[shape] = self._append(*shape)
@@ -249,12 +253,25 @@ class PostgreSQL(JsonbColumns):
             "v_user": deltas.user,
         }
         rows = self.rows(conn, statement, parameters)
-        return rows[0][0] if rows else None
+        return Revisions(*rows[0]) if rows else None
 
-    def _append(self, session_delta: bool, app_delta: bool, user_delta: bool, batch: bool) -> Any:
+    def _append(
+        self, session_delta: bool, app_delta: bool, user_delta: bool, batch: bool, anyhow: bool
+    ) -> Any:
         sessions, events = self.tables.sessions, self.tables.events
         time = Timestamp()
-        expected = bindparam("k_expected", type_=time)
+        before: ColumnElement[Any] = bindparam("k_expected", type_=time)
+        current = sessions.c.update_time == before
+        if anyhow:
+            # what RETURNING gives is the new row; the old one is read where it is locked, which
+            # sees what a writer has committed that was waited for
+            old = (
+                select(sessions.c.id, sessions.c.update_time)
+                .where(self._is_session)
+                .with_for_update()
+                .cte("o")
+            )
+            before, current = old.c.update_time, sessions.c.id == old.c.id
         ticks = bindparam("v_count", type_=Integer()) * _TICK if batch else _TICK
         values: dict[str, Any] = {
             "update_time": func.greatest(
@@ -268,10 +285,11 @@ class PostgreSQL(JsonbColumns):
             values["state"] = _merged(sessions.c.state, self.as_json("v_state"))
         session = (
             update(sessions)
-            .where(self._is_session, sessions.c.update_time == expected)
+            .where(self._is_session, current)
             .values(values)
             .returning(
-                sessions.c.app_name, sessions.c.user_id, sessions.c.id, sessions.c.update_time
+                *(sessions.c.app_name, sessions.c.user_id, sessions.c.id, sessions.c.update_time),
+                before.label("before"),
             )
             .cte("s")
         )
@@ -290,13 +308,15 @@ class PostgreSQL(JsonbColumns):
                 .render_derived("new")
             )
             source = session.join(new, true())
-            # a batch is written if the session is at `expected`, so that is where its clock starts
-            start = func.greatest(expected, self._newest_time.scalar_subquery(), type_=time)
+            # evaluated once: the clock of a batch starts where the session was
+            start = select(
+                func.greatest(session.c.before, self._newest_time.scalar_subquery(), type_=time)
+            )
             columns |= {
                 "id": new.c.k_event,
                 "invocation_id": new.c.v_invocation,
                 "timestamp": func.greatest(
-                    new.c.v_times, select(start).scalar_subquery() + new.c.n * _TICK
+                    new.c.v_times, start.scalar_subquery() + new.c.n * _TICK
                 ),
                 "event_data": cast(new.c.v_data, JSONB()),
                 "event_exact": new.c.v_exact,
@@ -321,7 +341,7 @@ class PostgreSQL(JsonbColumns):
                     self.tables.user_states, "u", session, "v_user", merge=True, after=after
                 )
             )
-        return select(session.c.update_time).add_cte(*writes)
+        return select(session.c.before, session.c.update_time).add_cte(*writes)
 
     def _upsert(
         self,
@@ -357,6 +377,46 @@ class PostgreSQL(JsonbColumns):
             statement = statement.on_conflict_do_nothing(index_elements=keys)
         return statement.returning(table.c.state).cte(name)
 
+    def _change(
+        self, conn: Connection, table: Table, key: Key, change: Change, now: datetime
+    ) -> str | None:
+        statements = self._changes.get(table)
+        if statements is None:
+            statements = self._changes[table] = self._changing(table)
+        hold, write = statements
+        row = conn.execute(hold, {**key.parameters(), "v_keys": list(change.adds)}).first()
+        if row is None:
+            return None
+        text = encode(change, codec.load_state(row[0]))
+        parameters = {"v_state": text, "v_keys": change.deletes, "v_now": now}
+        self._update(conn, write, {**key.parameters(), **parameters})
+        return text
+
+    def _changing(self, table: Table) -> tuple[Any, Any]:
+        """Locks a state's row and reads some keys of it; sets and deletes others.
+
+        Only keys go over the wire: a state may be large.
+        """
+        is_session = table is self.tables.sessions
+        where = self._is_session if is_session else self.is_scope(table)
+        keys = bindparam("v_keys", type_=ARRAY(Text()))
+        each = func.jsonb_each(_object(table.c.state)).table_valued("key", "value")
+        some = select(cast(func.jsonb_object_agg(each.c.key, each.c.value), Text())).where(
+            each.c.key == func.any(keys)
+        )
+        # deleted first: to the parser "-" comes before "||"
+        kept = _object(table.c.state).op("-")(cast(keys, ARRAY(Text())))
+        values: dict[str, Any] = {
+            "state": type_coerce(kept, JSONB()).concat(self.as_json("v_state"))
+        }
+        if not is_session:
+            now = bindparam("v_now", type_=Timestamp())
+            values["update_time"] = func.greatest(table.c.update_time, now)
+        return (
+            select(some.scalar_subquery()).where(where).with_for_update(of=table),
+            update(table).where(where).values(values),
+        )
+
     def delete(self, conn: Connection, key: Key) -> None:
         self.write(conn, self._delete, key.parameters())
 
@@ -376,6 +436,9 @@ def _columns(key: Key, events: Sequence[NewEvent]) -> dict[str, Any]:
 
 def _merged(state: ColumnElement[Any], delta: ColumnElement[Any]) -> ColumnElement[Any]:
     """A state with a delta's top-level keys set, whole values replaced."""
+    return type_coerce(_object(state), JSONB()).concat(type_coerce(delta, JSONB()))
+
+
+def _object(state: ColumnElement[Any]) -> ColumnElement[Any]:
     # a JSON null is an empty state; concatenated as it is, it would make an array
-    stored = func.coalesce(func.nullif(type_coerce(state, JSONB()), _JSON_NULL), _EMPTY)
-    return type_coerce(stored, JSONB()).concat(type_coerce(delta, JSONB()))
+    return func.coalesce(func.nullif(type_coerce(state, JSONB()), _JSON_NULL), _EMPTY)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from datetime import datetime
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
@@ -16,9 +17,11 @@ from sqlalchemy import Connection, String, bindparam, func, select, text, true
 from sqlalchemy.dialects.postgresql import dialect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from ..changes import Changes
 from ..errors import InvalidInputError, SchemaError
 from .postgresql import JsonbColumns, PostgreSQL
 from .reads import Tables
+from .rows import Key, States
 
 T = TypeVar("T")
 
@@ -128,6 +131,16 @@ class Contained(JsonbColumns):
                     field=field,
                 )
         conn.execute(_SET_LOCAL, {"user_id": "", **ids})
+
+    def update_state(
+        self, conn: Connection, key: Key, changes: Changes, now: datetime
+    ) -> States | None:
+        """Changes states; those of an app need no user to be named."""
+        ids = {"app_name": key.app_name}
+        if changes.user is not None or changes.session is not None:
+            ids["user_id"] = key.user_id
+        self.enter(conn, **ids)
+        return super().update_state(conn, key, changes, now)
 
     def require_policies(self, conn: Connection) -> None:
         """Sees that the policies are there and bind this role.

@@ -37,6 +37,13 @@ class NewEvent(NamedTuple):
     text: EventText
 
 
+class Revisions(NamedTuple):
+    """A session's revision before an append and after it."""
+
+    before: datetime
+    after: datetime
+
+
 class Deltas(NamedTuple):
     """Encoded state of each scope, None where there is nothing to write."""
 

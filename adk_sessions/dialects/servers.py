@@ -11,13 +11,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, event
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import PoolResetState, SingletonThreadPool, StaticPool
 
 from ..turns import Turns
 from .base import Generic
-from .faults import must_invalidate
+from .faults import Undecided, is_lost, must_invalidate
+from .hosts import Clock
+from .pools import Pool, Pools
 from .sqlite import SQLite, finished
 
 T = TypeVar("T")
@@ -33,55 +35,82 @@ class EngineDatabase:
     """Runs operations on an AsyncEngine.
 
     Args:
-        engine: the engine.
+        pool: the engine.
         statements: what decides whether an operation needs a transaction.
-        owned: whether `close` disposes the engine.
+        make: makes such an engine for another event loop; None for one of the application's, which
+            `close` leaves open.
         behind_pooler: whether a pooler may give each transaction another connection.
+        timeout: seconds that an operation may take once it has a connection; None for no limit.
     """
 
     def __init__(
         self,
-        engine: AsyncEngine,
+        pool: Pool,
         statements: Generic,
         *,
-        owned: bool,
+        make: Callable[[], Pool] | None = None,
         behind_pooler: bool = False,
+        timeout: float | None = None,
     ) -> None:
-        self.engine = engine
         self.behind_pooler = behind_pooler
-        self._owned = owned
+        self._owned = make is not None
         self._statements = statements
+        self._timeout = timeout
         self._explicit = isinstance(statements, SQLite)
-        self._sync_engine: Engine = engine.sync_engine
+        self._pools = Pools(pool, make, threaded=self._explicit)
         # Set on each connection: options of the application's engine are set when it is lent, and
         # win over those of an engine that is made from it.
         self._isolation: str | None = None
         if statements.autocommit or self._explicit:
             self._isolation = "AUTOCOMMIT"
-        self._shared = isinstance(engine.pool, StaticPool | SingletonThreadPool)
+        self._shared = isinstance(pool.engine.pool, StaticPool | SingletonThreadPool)
         # An idle AsyncSession is the public way into one greenlet for checkout, work and return;
         # an AsyncConnection makes three and a task.
         self._greenlet = AsyncSession()
 
-    async def run(self, work: Callable[[Connection], T], *, write: bool) -> T:
-        """One operation on a connection of the pool, in a transaction if it needs one."""
-        async with self._turn():
+    @property
+    def engine(self) -> AsyncEngine:
+        """The engine of the running event loop; outside of one that of the last."""
+        return self._pools.latest.engine
+
+    async def run(self, work: Callable[[Connection], T], *, write: bool, once: bool = False) -> T:
+        """One operation on a connection of the pool, in a transaction if it needs one.
+
+        Args:
+            work: the operation.
+            write: whether it writes.
+            once: it must not happen twice, so a connection that breaks at its COMMIT is told from
+                one that breaks before: always in a transaction.
+
+        Raises:
+            Undecided: with ``once``, the answer to the COMMIT was lost.
+        """
+        if once:
+            return await self._submitted(
+                lambda conn: self._transact(conn, work), timeout=self._timeout
+            )
+        pool = self._pools.here()
+        async with self._turn(pool):
             if self._statements.autocommit:
-                return await self._greenlet.run_sync(lambda _: self._borrow(work, write))
+                return await self._greenlet.run_sync(lambda _: self._borrow(pool, work, write))
             if self._explicit:
                 # a driver with threads: cancelled in the middle, a connection would be lost
-                running = self._greenlet.run_sync(lambda _: self._borrow(work, write))
+                running = self._greenlet.run_sync(lambda _: self._borrow(pool, work, write))
                 return await finished(asyncio.ensure_future(running), wait=True)
-            conn = await self.engine.connect()
-            try:
-                return await conn.run_sync(self._work, work, write)
-            finally:
-                # its return to the pool awaits a ROLLBACK, and SQLAlchemy 2.0 loses a connection
-                # that is cancelled there
-                await finished(asyncio.ensure_future(conn.close()), wait=True)
+            with Clock(self._timeout, pool.connector) as clock:
+                conn = await pool.engine.connect()
+                try:
+                    assert conn.sync_connection is not None
+                    clock.start(conn.sync_connection)
+                    return await conn.run_sync(self._work, work, write)
+                finally:
+                    # its return to the pool awaits a ROLLBACK, and SQLAlchemy 2.0 loses a
+                    # connection that is cancelled there
+                    await finished(asyncio.ensure_future(conn.close()), wait=True)
 
-    def _borrow(self, work: Callable[[Connection], T], write: bool) -> T:
-        with self._sync_engine.connect() as conn:
+    def _borrow(self, pool: Pool, work: Callable[[Connection], T], write: bool) -> T:
+        with Clock(self._timeout, pool.connector) as clock, pool.sync_engine.connect() as conn:
+            clock.start(conn)
             if self._isolation:
                 conn.execution_options(isolation_level=self._isolation)
             return self._work(conn, work, write)
@@ -107,32 +136,52 @@ class EngineDatabase:
 
     async def submit(self, work: Callable[[Connection], T], *, write: bool) -> T:
         """Runs ``work`` on a connection that it controls itself, transactions included."""
-        async with self._turn():
-            running = self._greenlet.run_sync(lambda _: self._submit(work))
+        # as long as it takes: it may be a migration
+        return await self._submitted(work, timeout=None)
+
+    async def _submitted(self, work: Callable[[Connection], T], *, timeout: float | None) -> T:
+        pool = self._pools.here()
+        async with self._turn(pool):
+            running = self._greenlet.run_sync(lambda _: self._submit(pool, work, timeout))
             if self._explicit:
                 return await finished(asyncio.ensure_future(running), wait=True)
             return await running
 
-    def _submit(self, work: Callable[[Connection], T]) -> T:
+    def _submit(self, pool: Pool, work: Callable[[Connection], T], timeout: float | None) -> T:
         level = "READ COMMITTED" if self._statements.autocommit else self._isolation
-        with self._sync_engine.connect() as conn:
+        with Clock(timeout, pool.connector) as clock, pool.sync_engine.connect() as conn:
+            clock.start(conn)
             if level:
                 conn.execution_options(isolation_level=level)
             return work(conn)
+
+    def _transact(self, conn: Connection, work: Callable[[Connection], T]) -> T:
+        try:
+            if self._explicit:
+                return SQLite.transact(conn, work, write=True)
+            if self._statements.commits_each_statement(conn):
+                return _in_transaction(conn, work, once=True)
+            with conn.begin() as transaction:
+                result = work(conn)
+                _commit(transaction.commit)
+            return result
+        except Exception as error:
+            if must_invalidate(error):
+                conn.invalidate()
+            raise
 
     def is_missing(self) -> bool:
         """A server is nothing that a connection makes."""
         return False
 
     async def close(self) -> None:
-        """Disposes the engine if the service made it."""
-        if self._owned:
-            await self.engine.dispose()
+        """Disposes the engines that the service made."""
+        await self._pools.close()
 
-    def _turn(self) -> Any:
+    def _turn(self, pool: Pool) -> Any:
         if not self._shared:
             return nullcontext()
-        return _turns.of(id(self.engine.pool))
+        return _turns.of(id(pool.engine.pool))
 
 
 def spare_rollbacks(engine: AsyncEngine) -> None:
@@ -153,12 +202,24 @@ def _reset(connection: Any, record: Any, state: PoolResetState) -> None:
         connection.rollback()
 
 
-def _in_transaction(conn: Connection, work: Callable[[Connection], T]) -> T:
+def _commit(commit: Callable[[], object]) -> None:
+    try:
+        commit()
+    except Exception as error:
+        if is_lost(error):
+            raise Undecided(error) from error
+        raise
+
+
+def _in_transaction(conn: Connection, work: Callable[[Connection], T], *, once: bool = False) -> T:
     """A transaction on a connection in autocommit, which stays as the application has set it."""
     conn.exec_driver_sql("START TRANSACTION")
     try:
         result = work(conn)
-        conn.exec_driver_sql("COMMIT")
+        if once:
+            _commit(lambda: conn.exec_driver_sql("COMMIT"))
+        else:
+            conn.exec_driver_sql("COMMIT")
     except Exception:
         if not conn.invalidated:
             conn.exec_driver_sql("ROLLBACK")

@@ -47,7 +47,7 @@ from .base import TICK, Generic
 from .lanes import Kind, Lane, execute, is_ours, transaction
 from .prepared import Compiled
 from .reads import Tables
-from .rows import Deltas, Key, NewEvent
+from .rows import Deltas, Key, NewEvent, Revisions
 from .types import Timestamp
 
 T = TypeVar("T")
@@ -153,10 +153,15 @@ class SQLite(Generic):
         self,
         conn: Connection,
         key: Key,
-        expected: datetime,
+        expected: datetime | None,
         events: Sequence[NewEvent],
         deltas: Deltas,
-    ) -> datetime | None:
+    ) -> Revisions | None:
+        if expected is None:
+            current = self.revision(conn, key)
+            if current is None:
+                return None
+            expected = current[0]
         # the statement that first meets the session's row sees whether it is at `expected`
         now = max(events[-1].timestamp, expected + len(events) * TICK)
         parameters = {**key.parameters(), "k_expected": expected, "v_now": now}
@@ -169,7 +174,7 @@ class SQLite(Generic):
             return super().append(conn, key, expected, events, deltas)
         self._insert_events(conn, key, events, expected)
         self._merge_wider(conn, key, deltas, now)
-        return now
+        return Revisions(expected, now)
 
     def insert_if_missing(self, conn: Connection, table: Table, parameters: dict[str, Any]) -> None:
         """Inserts a scope's row: that it is missing cannot have changed since."""
@@ -380,8 +385,11 @@ class SQLiteDatabase:
             event.listen(self._engine.sync_engine, "connect", _enforce_foreign_keys)
         return self._engine
 
-    async def run(self, work: Callable[[Connection], T], *, write: bool) -> T:
-        """One transaction on the thread of its lane; writes that wait there share a commit."""
+    async def run(self, work: Callable[[Connection], T], *, write: bool, once: bool = False) -> T:
+        """One transaction on the thread of its lane; writes that wait there share a commit.
+
+        What became of it is known always, so ``once`` changes nothing.
+        """
         return await self._submit(work, "write" if write else "read", write=write)
 
     async def submit(self, work: Callable[[Connection], T], *, write: bool) -> T:

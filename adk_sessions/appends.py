@@ -1,0 +1,164 @@
+"""How events get into a session: in the database, and in the session that the caller holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel
+from sqlalchemy import Connection
+from sqlalchemy.exc import IntegrityError
+
+from . import checks, clock, codec, errors
+from .binding import Binding, E, S, encode_events
+from .dialects import Generic
+from .dialects.faults import translate
+from .dialects.rows import Deltas, Key, NewEvent, Revisions, Snapshot
+from .turns import Turns, settled
+
+T = TypeVar("T")
+
+OnStale = Literal["raise", "refresh"]
+
+# Tries of an append that is refused though nobody has moved the session: each needs another
+# writer whose transaction was rolled back at the wrong moment.
+_TRIES = 8
+# Seconds that an append goes on for when its caller is cancelled, so that what the caller holds is
+# what is stored. A server that is silent for longer is left alone.
+_PATIENCE = 2.0
+
+
+class Appends(Binding[S, E]):
+    """The part of a store that appends."""
+
+    _statements: Generic
+    _turns: Turns
+    _on_stale: OnStale
+
+    async def prepare_tables(self) -> None:
+        """Sees to the tables."""
+        raise NotImplementedError
+
+    async def _run(self, work: Callable[[Connection], T], *, write: bool) -> T:
+        raise NotImplementedError
+
+    def _checked(self, app_name: str, user_id: str, session_id: str) -> Key:
+        checks.check_key(app_name, "app_name")
+        checks.check_key(user_id, "user_id")
+        checks.check_key(session_id, "session_id")
+        return Key(app_name, user_id, session_id)
+
+    def _check_types(self, session: object, method: str, *events: object) -> None:
+        wrong = None if all(isinstance(event, BaseModel) for event in events) else "event"
+        if wrong or not isinstance(session, BaseModel):
+            raise errors.InvalidInputError(
+                f"{method} takes a {self.session_type.__name__} and an {self.event_type.__name__}",
+                field=wrong or "session",
+            )
+
+    async def _append(self, session: S, events: list[E], on_stale: OnStale | None) -> None:
+        if on_stale not in ("raise", "refresh", None):
+            raise errors.InvalidInputError(
+                "on_stale must be 'raise' or 'refresh'", field="on_stale"
+            )
+        refresh = (on_stale or self._on_stale) == "refresh"
+        # what a compaction stands for are the events that its writer has seen
+        compacts = any(getattr(event.actions, "compaction", None) for event in events)
+        key = self._checked(session.app_name, session.user_id, session.id)
+        for event in events:
+            checks.check_event(event)
+        await self.prepare_tables()
+        async with self._turns.of(key):
+            await settled(
+                self._append_next(key, session, events, refresh=refresh and not compacts),
+                patience=_PATIENCE,
+            )
+
+    async def _append_next(self, key: Key, session: S, events: list[E], *, refresh: bool) -> None:
+        new, deltas = encode_events(events)
+        ids = [event.id for event in events]
+        marker = session._storage_update_marker
+        expected = None if marker is None else clock.from_marker(marker)
+        for _ in range(_TRIES):
+            if marker is None and not refresh:
+                expected = await self._matching_revision(key, session)
+            since = expected or clock.to_datetime(session.last_update_time)
+            moved: Revisions | None = None
+            taken: IntegrityError | None = None
+            if refresh or expected is not None:
+                try:
+                    moved = await self._run(
+                        self._appending(key, None if refresh else expected, new, deltas), write=True
+                    )
+                except IntegrityError as error:
+                    taken = error
+            if moved is not None and (
+                moved.before == since or (not marker and moved.before < since)
+            ):
+                for event in events:
+                    self._commit(session, event)
+                self._remember(session, moved.after)
+                return
+            found = await self._look(key, since, ids, certain=moved is None and taken is None)
+            if found is None:
+                raise self._missing(session)
+            stored = {row.id: codec.EventText(row.data or "{}", row.exact) for row in found.events}
+            same = [event.id in stored for event in new]
+            if any(same):
+                if not all(same):
+                    raise errors.EventConflictError(
+                        "Some events of the batch are stored already: append only the others."
+                    )
+                if not all(codec.same_event(event.text, stored[event.id]) for event in new):
+                    raise errors.EventConflictError
+                self._catch_up(session, events, found, since)
+                return
+            if taken is not None:
+                raise translate(taken, unknown=False) from None
+            if moved is not None:  # deleted meanwhile, with the session; this is another one
+                raise self._missing(session)
+            if refresh:
+                continue
+            if expected is None or (marker is not None and found.update_time != expected):
+                raise self.stale
+            # else the statement waited for a writer that gave up, or one came between the look at
+            # a session without marker and the append: the next try tells which
+        raise self.stale
+
+    def _appending(
+        self, key: Key, expected: datetime | None, new: list[NewEvent], deltas: Deltas
+    ) -> Callable[[Connection], Revisions | None]:
+        return lambda conn: self._statements.append(conn, key, expected, new, deltas)
+
+    async def _look(
+        self, key: Key, since: datetime, ids: list[str], *, certain: bool
+    ) -> Snapshot | None:
+        """What lies after a revision; with an error of its own where the append may be stored."""
+        failure: errors.DatabaseError | None = None
+        try:
+            return await self._run(
+                lambda conn: self._statements.catch_up(conn, key, since, ids), write=False
+            )
+        except errors.DatabaseError as error:
+            if certain:
+                raise
+            failure = error
+        raise errors.OutcomeUnknownError(
+            retryable=True, code=failure.code, driver_error=failure.driver_error
+        )
+
+    async def _matching_revision(self, key: Key, session: S) -> datetime | None:
+        """The stored revision, if a session without a marker can be said to be at it.
+
+        A session made by hand or by an older release has no marker. It counts as current if it is
+        not older than storage, or if its newest event is the newest one stored.
+        """
+        found = await self._run(lambda conn: self._statements.revision(conn, key), write=False)
+        if found is None:
+            raise self._missing(session)
+        revision, newest_id = found
+        newest_known = session.events[-1].id if session.events else None
+        if clock.to_epoch(revision) <= session.last_update_time or newest_id == newest_known:
+            return revision
+        return None
