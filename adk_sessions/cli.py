@@ -1,4 +1,4 @@
-"""The command ``adk-sessions``: the schema's life in deploys.
+"""The command ``adk-sessions``: the schema's life in deploys, and looking after the data.
 
 Exit status: 0 done, 1 what was asked for is not so or failed (the message says why), 2 wrong usage.
 """
@@ -6,7 +6,9 @@ Exit status: 0 done, 1 what was asked for is not so or failed (the message says 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
+import json
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from . import migrate, transfer
+from . import adoption, doctor, migrate, transfer
 from .dialects import supported
-from .errors import SessionStoreError
-from .service import SessionService
+from .errors import ConfigurationError, SessionStoreError
+from .models import names
+from .service import SessionService, Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 
 # Rows that are named one by one, when they cannot be converted or imported.
 _SHOWN = 20
+# Findings of each kind that one repair mends.
+_REPAIRED = 100_000
 
 _place = (
     click.option(
@@ -52,8 +57,11 @@ _lock_timeout = click.option(
 _dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 
 
-def _command(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A command of `main` with options, whose typed errors are one line and exit status 1."""
+def _command(*options: Callable[[Any], Any], name: str | None = None) -> Callable[[Any], Any]:
+    """A command of `main` with options, whose typed errors are one line and exit status 1.
+
+    It is called as the function is, unless it has a name.
+    """
 
     def register(function: Callable[..., Coroutine[Any, Any, None] | None]) -> Any:
         @functools.wraps(function)
@@ -71,7 +79,7 @@ def _command(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
         for option in reversed(options):
             run = option(run)
-        return main.command()(run)
+        return main.command(name)(run)
 
     return register
 
@@ -79,7 +87,7 @@ def _command(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="adk-sessions")
 def main() -> None:
-    """Makes, adopts, checks and converts the tables of adk-sessions."""
+    """Makes, adopts, checks and converts the tables of adk-sessions, and looks after the data."""
 
 
 @_command(
@@ -230,6 +238,140 @@ async def import_adk_sqlite(
     if report.conflicts:
         _show_rows("there already with other content", report.conflicts)
         raise click.exceptions.Exit(1)
+
+
+@_command(
+    *_place,
+    click.option("--app", "app_name", help="Look at one application only."),
+    click.option(
+        "--events",
+        type=click.Choice(["auto", "adk", "plain"]),
+        default="auto",
+        show_default=True,
+        help="Who reads the events: google-adk, which auto means where it is installed, or anybody"
+        " who reads JSON.",
+    ),
+    click.option(
+        "--older-than",
+        type=click.FloatRange(min=0),
+        default=doctor.IDLE / 60,
+        show_default=True,
+        help="Minutes without a new event, after which nobody works on a session any more.",
+    ),
+    click.option(
+        "--repair",
+        is_flag=True,
+        help="Add rows of states that are missing, responses to calls that have none, and set"
+        " update times forward. Deletes and rewrites nothing.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    name="doctor",
+)
+async def examine(
+    url: str,
+    schema: str | None,
+    table_prefix: str,
+    app_name: str | None,
+    events: str,
+    older_than: float,
+    repair: bool,
+    as_json: bool,
+) -> None:
+    """Look for what is wrong with the stored sessions.
+
+    Reads everything, in a transaction that cannot write, and names what is damaged, lost, out of
+    order or without an answer. Exits with status 1 if something is wrong and was not repaired.
+    """
+    place: dict[str, Any] = {"schema": schema, "table_prefix": table_prefix}
+    look: dict[str, Any] = {"idle": older_than * 60, "rows": _REPAIRED if repair else 1000}
+    done: doctor.Repairs | None = None
+    async with _reader(events)(url, **place, migrate="off") as service:
+        with _progress("events") as progress:
+            report = await doctor.examine(service, app_name, **look, progress=progress)
+        if repair and report.examined and not report.schema:
+            done = await doctor.repair(service, report)
+            with _progress("events") as progress:
+                report = await doctor.examine(service, app_name, **look, progress=progress)
+    if as_json:
+        click.echo(_as_json(report, done))
+    else:
+        _show_examination(report, done)
+        if report.schema:
+            where = names(**place)
+            click.echo(
+                f"Mend the schema with: {adoption.command('upgrade', where)}. If that has nothing"
+                f" to do, then with {adoption.command('stamp base', where)} before it."
+            )
+    if not report.healthy:
+        raise click.exceptions.Exit(1)
+
+
+def _reader(events: str) -> type[Store[Any, Any]]:
+    """The service whose events are to be read."""
+    if events == "plain":
+        return SessionService
+    failure: str | None = None
+    try:
+        from .adk import DatabaseSessionService
+    except ImportError as error:
+        failure = str(error)
+    else:
+        return DatabaseSessionService
+    if events == "adk":
+        raise ConfigurationError(failure)
+    return SessionService
+
+
+def _show_examination(report: doctor.Report, done: doctor.Repairs | None) -> None:
+    for line in report.schema:
+        click.echo(f"schema: {line}")
+    if not report.examined:
+        click.echo("The rows were not looked at.")
+        return
+    if done is not None:
+        _show(
+            "Repaired",
+            {
+                "rows for states": done.app_states + done.user_states,
+                "update times": done.update_times,
+                "function calls": done.calls,
+            },
+        )
+        _show_rows("left alone", [_words(row) for row in done.left])
+    counts = {"sessions": report.sessions, "events": report.events}
+    for kinds in (doctor.FAULTS, doctor.NOTES):
+        for kind, name in kinds.items():
+            if count := report.found[kind].count:
+                counts[name] = count
+    _show("Examined", counts)
+    for kind, found in report.found.items():
+        what = kind.replace("_", " ")
+        _show_rows(what, [_words(row) for row in found.rows], found.count)
+    click.echo("Nothing is wrong." if report.healthy else "Something is wrong, see above.")
+
+
+def _words(row: doctor.Row) -> tuple[str, ...]:
+    return tuple(word for word in row if word)
+
+
+def _as_json(report: doctor.Report, done: doctor.Repairs | None) -> str:
+    return json.dumps(
+        {
+            "healthy": report.healthy,
+            "schema": report.schema,
+            "examined": report.examined,
+            "sessions": report.sessions,
+            "events": report.events,
+            "found": {
+                kind: {"count": found.count, "rows": [row._asdict() for row in found.rows]}
+                for kind, found in report.found.items()
+            },
+            "repaired": None
+            if done is None
+            else {**dataclasses.asdict(done), "left": [row._asdict() for row in done.left]},
+        },
+        indent=2,
+    )
 
 
 def _show_conversion(report: Report, zone: str, dry_run: bool) -> None:

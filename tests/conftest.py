@@ -6,7 +6,9 @@ variables are in servers.py.
 
 from __future__ import annotations
 
+import gc
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,10 +26,19 @@ from servers import (
     run_sync,
     unique_name,
 )
+from sqlalchemy import make_url
 
 from adk_sessions import migrate
 
 pytest.register_assert_rewrite("adk_sessions.testing")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and google-adk's modules stay: looking through them took a tenth of the
+    processors' time. What the tests leave is still collected, less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _missing(reason: str) -> BaseException:
@@ -93,6 +104,14 @@ def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def migrated_template(postgres: Postgres) -> Iterator[str]:
+    """The name of a PostgreSQL database with the tables and no rows, to be copied."""
+    with postgres.scratch_database() as url:
+        run_sync(migrate.upgrade(url))
+        yield url.rpartition("/")[2]
+
+
 @pytest.fixture
 def fresh_database(
     request: pytest.FixtureRequest, tmp_path: Path
@@ -112,6 +131,28 @@ def fresh_database(
             fixture = {"postgresql": "postgres", "mariadb": "mariadb"}[kind]
             server: Server = request.getfixturevalue(fixture)
             return stack.enter_context(server.scratch_database())
+
+        yield create
+
+
+@pytest.fixture
+def migrated_database(
+    request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
+) -> Iterator[Callable[[str], str]]:
+    """`fresh_database` with the tables in it, for tests that are not about how they got there."""
+    with ExitStack() as stack:
+
+        def create(kind: str) -> str:
+            if kind == "postgresql":
+                server: Postgres = request.getfixturevalue("postgres")
+                template: str = request.getfixturevalue("migrated_template")
+                return stack.enter_context(server.scratch_database(template))
+            url = fresh_database(kind)
+            if kind == "sqlite":
+                shutil.copy(request.getfixturevalue("migrated_file"), make_url(url).database or "")
+            else:
+                run_sync(migrate.upgrade(url))
+            return url
 
         yield create
 

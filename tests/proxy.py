@@ -49,6 +49,8 @@ class Proxy:
         self._cut: _Cut | None = None
         self._lines: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
+        self._answers = asyncio.Event()
+        self._answers.set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -83,6 +85,14 @@ class Proxy:
             meanwhile: awaited at that moment, before the client can notice.
         """
         self._cut = _Cut(lose, meanwhile, marker.encode())
+
+    def hang(self) -> None:
+        """Accept connections, take what is sent, and answer nothing, until `resume`."""
+        self._answers.clear()
+
+    def resume(self) -> None:
+        """Answer again, also what was sent meanwhile."""
+        self._answers.set()
 
     async def deserted(self) -> None:
         """Waits until nobody is connected any more: a farewell would be an exchange."""
@@ -156,6 +166,7 @@ class Proxy:
     ) -> None:
         """Replies, until one must be lost."""
         while data := await server.read(65_536):
+            await self._answers.wait()
             talk.asking = False
             if not talk.replied.empty():
                 return await self._fire(talk.replied.get_nowait())

@@ -24,6 +24,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -183,15 +184,23 @@ class Server:
         """Create an empty database and return its URL."""
         raise NotImplementedError
 
+    def copy_database(self, template: str, name: str) -> str:
+        """Create a database like another one, which nobody may use then, and return its URL."""
+        raise NotImplementedError
+
     def drop_database(self, name: str) -> None:
         """Drop the database, whoever is still connected to it."""
         raise NotImplementedError
 
     @contextmanager
-    def scratch_database(self) -> Iterator[str]:
-        """The URL of a new database that is dropped at the end."""
+    def scratch_database(self, template: str | None = None) -> Iterator[str]:
+        """The URL of a new database that is dropped at the end.
+
+        Args:
+            template: what to copy; nobody may be connected to it. None makes an empty database.
+        """
         name = unique_name()
-        url = self.create_database(name)
+        url = self.copy_database(template, name) if template else self.create_database(name)
         try:
             yield url
         finally:
@@ -270,11 +279,16 @@ class Postgres(Server):
 
     def create_database(self, name: str) -> str:
         # Not template1: one connection to it, of anybody, makes CREATE DATABASE fail.
-        self.execute(f'CREATE DATABASE "{name}" TEMPLATE template0')
+        return self.copy_database("template0", name)
+
+    def copy_database(self, template: str, name: str) -> str:
+        # Files are copied in half the time that the default, pages through the log, takes.
+        how = "STRATEGY file_copy" if self._version >= 15 else ""
+        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" {how}')
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
-        if self._version() >= 13:
+        if self._version >= 13:
             self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
         else:
             others = f"FROM pg_stat_activity WHERE datname = '{name}'"
@@ -291,6 +305,7 @@ class Postgres(Server):
 
         run_sync(self._connected(run))
 
+    @cached_property
     def _version(self) -> int:
         async def run(connection: asyncpg.Connection) -> int:
             return int(connection.get_server_version().major)
@@ -525,7 +540,13 @@ def run_mariadb(*, durable: bool = False, own: bool = False) -> Iterator[MariaDB
     try:
         child.leave_root()
         data = f"--datadir={child.directory / 'data'}"
-        child.run(install, "--no-defaults", data, "--auth-root-authentication-method=normal")
+        child.run(
+            install,
+            "--no-defaults",
+            data,
+            "--auth-root-authentication-method=normal",
+            "--skip-test-db",
+        )
         address = URL.create("mysql", "root", host=LOOPBACK, port=free_port())
         server = MariaDB(address, child, durable)
         server.start()

@@ -418,6 +418,43 @@ async def test_a_compaction_of_a_stale_session_is_refused_as_stale(
     assert (await reload(service, session)).events[-1].actions.compaction == compaction
 
 
+@pytest.mark.parametrize("database_url", ["sqlite", "postgresql"], indirect=True)
+async def test_a_second_writer_that_is_allowed_to_be_one(database_url: str, app_name: str) -> None:
+    async with DatabaseSessionService(database_url, on_stale="refresh") as service:
+        session = await service.create_session(app_name=app_name, user_id="ann")
+        old = await reload(service, session)
+        await service.append_event(session, said("first", delta={"a": 1, "app:a": 1}))
+        await service.append_event(session=old, event=said("second", delta={"temp:t": 1}))
+        assert [event.content.parts[0].text for event in old.events] == ["first", "second"]
+        assert old.state == {"a": 1, "app:a": 1, "temp:t": 1}
+        assert (await reload(service, session)).events == old.events
+        # a runner relies on the refusal of a compaction that has been overtaken
+        compaction = EventCompaction(
+            start_timestamp=1.0, end_timestamp=2.0, compacted_content=types.Content(parts=[])
+        )
+        event = Event(author="user", invocation_id="2", actions=EventActions(compaction=compaction))
+        with pytest.raises(AdkStaleSessionError):
+            await service.append_event(session, event)
+        await service.append_event(old, event)
+        with pytest.raises(AdkStaleSessionError):
+            await service.append_event(session, said(), on_stale="raise")
+
+
+async def test_state_changes_outside_a_run_leave_it_alone(database_url: str, app_name: str) -> None:
+    async with DatabaseSessionService(database_url) as service:
+        session = await service.create_session(app_name=app_name, user_id="ann")
+        await service.append_event(session, said(delta={"n": 1}))
+        assert await service.update_state(
+            app_name=app_name, user_id="ann", session_id=session.id, add={"n": 1, "app:n": 1}
+        ) == {"n": 2, "app:n": 1}
+        await service.append_event(session, said())
+        assert (await reload(service, session)).state == {"n": 2, "app:n": 1}
+        with pytest.raises(AdkSessionNotFoundError):
+            await service.update_state(
+                app_name=app_name, user_id="ann", session_id="none", delta={"n": 1}
+            )
+
+
 # The base class's hooks
 
 

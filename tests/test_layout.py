@@ -29,7 +29,7 @@ ORDER = [
     {"adoption"},
     {"migrate", "appends"},
     {"service"},
-    {"adk", "testing", "transfer"},
+    {"adk", "doctor", "testing", "transfer"},
     {"__init__"},
     {"cli"},
     {"__main__"},

@@ -330,7 +330,12 @@ CALLS: dict[str, Callable[[SessionService, str, str], Any]] = {
     "get_user_state": lambda s, app, user: s.get_user_state(app_name=app, user_id=user),
     "get_app_state": lambda s, app, user: s.get_app_state(app_name=app),
     "delete_session": lambda s, app, user: s.delete_session(app, user, "s"),
+    "update_state": lambda s, app, user: s.update_state(
+        app_name=app, user_id=user, add={"user:n": 1, "app:n": 1}
+    ),
+    "update_state of the app": lambda s, app, user: s.update_state(app_name=app, add={"app:n": 1}),
 }
+OF_AN_APP = {"get_app_state", "update_state of the app"}
 
 
 @asynccontextmanager
@@ -358,7 +363,7 @@ async def test_an_empty_id_is_refused_before_anything_is_sent(
         del statements[:]
         for name, call in CALLS.items():
             for app, user, field in (("", "ann", "app_name"), ("a", "", "user_id")):
-                if (name, field) == ("get_app_state", "user_id"):
+                if name in OF_AN_APP and field == "user_id":
                     continue
                 with pytest.raises(InvalidInputError, match=f"^{field} must be given") as caught:
                     await call(service, app, user)

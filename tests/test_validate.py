@@ -627,15 +627,15 @@ def each(cases: dict[str, Case]) -> Any:
 
 
 @each(REFUSED)
-async def test_what_is_refused(name: str, kind: str, fresh_database: NewDatabase) -> None:
-    url = await made(fresh_database(kind))
+async def test_what_is_refused(name: str, kind: str, migrated_database: NewDatabase) -> None:
+    url = migrated_database(kind)
     await execute(url, *REFUSED[name].on[kind])
     assert sorted(await check(url)) == sorted(REFUSED[name].lines)
 
 
 @each(ACCEPTED)
-async def test_what_is_accepted(name: str, kind: str, fresh_database: NewDatabase) -> None:
-    url = await made(fresh_database(kind))
+async def test_what_is_accepted(name: str, kind: str, migrated_database: NewDatabase) -> None:
+    url = migrated_database(kind)
     await execute(url, *ACCEPTED[name].on[kind])
     assert await check(url) == []
     # and it works

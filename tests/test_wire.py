@@ -322,6 +322,40 @@ async def test_every_other_call_is_one_trip(client: Client) -> None:
     assert measured == all_of(measured, 1)
 
 
+@pytest.mark.parametrize(("binding", "via"), [("own", "url"), ("adk", "url")])
+async def test_a_second_writer_takes_one_trip_or_two(client: Client) -> None:
+    session = await client.create(delta_of(SCOPES))
+    other = await client.get(session)
+
+    async def append(view: Any) -> None:
+        event = client.event(delta_of(SCOPES))
+        await client.service.append_event(view, event, on_stale="refresh")
+
+    assert await client.trips(lambda: append(session)) == [1] * TIMES
+    await append(other)  # what lies between is read in another trip
+    views = [session, other]
+
+    async def in_turn() -> None:
+        views.reverse()
+        await append(views[0])
+
+    assert await client.trips(in_turn) == [2] * TIMES
+    assert views[0].events[:-1] == views[1].events
+
+
+@pytest.mark.parametrize(("binding", "via"), [("own", "url")])
+async def test_a_change_of_a_large_state_is_four_trips_and_a_few_bytes(client: Client) -> None:
+    session = await client.create({"large": "x" * 1_000_000, "n": 1})
+    key = {"app_name": client.app, "user_id": "ann", "session_id": session.id}
+
+    async def change() -> None:
+        await client.service.update_state(**key, add={"n": 1}, delta={"a": 1}, delete=["b"])
+
+    assert await client.trips(change) == [4] * TIMES  # BEGIN, a locked read, a write, COMMIT
+    cost = await client.cost(change)
+    assert cost.sent + cost.received < 10_000
+
+
 async def test_concurrent_calls_are_one_trip_each(
     database: Callable[[str], str], app_name: str
 ) -> None:

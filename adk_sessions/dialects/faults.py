@@ -52,9 +52,12 @@ _UNAVAILABLE: set[str | int] = {
     # PostgreSQL: starting up, too many connections, a standby (a pooled connection to what was
     # the primary)
     *("57P03", "53300", "25006"),
-    # MySQL and MariaDB: node not ready, too many connections, cannot connect
-    *(1047, 1040, 2002, 2003),
+    # MySQL and MariaDB: node not ready, too many connections, cannot connect, a replica or a
+    # server that is about to become one (a pooled connection to what was the primary)
+    *(1047, 1040, 2002, 2003, 1290, 1836),
 }
+# Of those, what another connection may find better: to a host that has taken over meanwhile.
+_ELSEWHERE: set[str | int] = {"25006", 1047, 1290, 1836}
 _LOST: set[str | int] = {
     # PostgreSQL: shut down or terminated by an administrator, crashed, idle time-outs
     *("57P01", "57P02", "57P05", "25P03"),
@@ -152,7 +155,7 @@ def must_invalidate(error: BaseException) -> bool:
     """Whether the connection is of no further use though the driver thinks it is."""
     if not isinstance(error, DBAPIError):
         return False
-    return code_of(error) == "25006" or type(_driver_error(error)).__name__ == _CONFUSED
+    return code_of(error) in _ELSEWHERE or type(_driver_error(error)).__name__ == _CONFUSED
 
 
 def translate(

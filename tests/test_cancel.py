@@ -1,0 +1,184 @@
+"""Calls cancelled at each of their awaits: all of it or nothing, and no connection is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from everywhere import BACKENDS, SHARED
+from sqlalchemy.pool import QueuePool
+from workers import event, in_each_scope
+
+from adk_sessions import Session, SessionService
+
+# Turns of the event loop after which a call is cancelled, until it is done before.
+MOST = 60
+
+
+@dataclass
+class Place:
+    service: SessionService
+    app: str
+
+    def key(self, session: Session) -> dict[str, str]:
+        return {"app_name": self.app, "user_id": session.user_id, "session_id": session.id}
+
+    async def create(self, id: str) -> Session:
+        return await self.service.create_session(
+            app_name=self.app, user_id="ann", session_id=id, state=in_each_scope(id)
+        )
+
+    async def stored(self, id: str) -> Session | None:
+        return await self.service.get_session(app_name=self.app, user_id="ann", session_id=id)
+
+    def assert_nothing_is_held(self) -> None:
+        if hasattr(self.service._database, "in_memory"):
+            return  # a file's connections belong to threads, which nobody can leave
+        pool = self.service._database.engine.pool
+        assert isinstance(pool, QueuePool)
+        assert pool.checkedout() == 0
+
+
+@pytest.fixture(params=BACKENDS)
+async def place(
+    request: pytest.FixtureRequest, fresh_database: Callable[[str], str], app_name: str
+) -> AsyncIterator[Place]:
+    kind, options = BACKENDS[request.param]
+    shared = SHARED.get(kind)
+    url = request.getfixturevalue(shared) if shared else fresh_database(kind)
+    if kind == "pgbouncer":
+        url += "?pgbouncer=true"
+    # with one connection, one that is lost is the end
+    pool = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 20} if shared else {}
+    async with SessionService(url, **pool, **options) as service:
+        await service.prepare_tables()
+        yield Place(service, app_name)
+
+
+async def cancelled_at_each_turn(
+    place: Place, call: Callable[[int], Awaitable[Any]], judge: Callable[[int], Awaitable[None]]
+) -> None:
+    """Cancels the call later and later, until it is done before it is cancelled."""
+    cut = 0
+    for turns in range(MOST):
+        task = asyncio.ensure_future(call(turns))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        done = task.done()
+        task.cancel()
+        await asyncio.wait([task])
+        cut += task.cancelled()
+        if not task.cancelled():
+            task.result()
+        place.assert_nothing_is_held()
+        await judge(turns)
+        place.assert_nothing_is_held()
+        if done:
+            break
+    assert cut, "no call was cancelled"
+
+
+async def test_a_create_is_whole_or_not_at_all(place: Place) -> None:
+    made: set[str] = set()
+
+    async def judge(turns: int) -> None:
+        session = await place.stored(f"s{turns}")
+        if session is not None:
+            made.add(f"s{turns}")
+            assert session.state.keys() >= in_each_scope(f"s{turns}").keys()
+        app = await place.service.get_app_state(app_name=place.app)
+        user = await place.service.get_user_state(app_name=place.app, user_id="ann")
+        assert app.keys() == user.keys() == made
+
+    await cancelled_at_each_turn(place, lambda turns: place.create(f"s{turns}"), judge)
+
+
+async def test_an_append_is_whole_or_not_at_all_and_the_callers_session_is_what_is_stored(
+    place: Place,
+) -> None:
+    session = await place.create("s")
+
+    async def judge(turns: int) -> None:
+        assert await place.stored("s") == session
+
+    await cancelled_at_each_turn(
+        place,
+        lambda turns: place.service.append_event(
+            session, event(f"e{turns}", in_each_scope(f"e{turns}"))
+        ),
+        judge,
+    )
+
+
+async def test_a_second_writers_append_is_too(place: Place) -> None:
+    session = await place.create("s")
+    other = session.model_copy(deep=True)
+
+    async def judge(turns: int) -> None:
+        stored = await place.stored("s")
+        assert stored is not None
+        assert session.events == stored.events[: len(session.events)]
+        # what lies between is there only with the append that brought it
+        assert {id for id in ids(stored) if id.startswith("e")} <= {*ids(session)}
+        await place.service.append_event(other, event(f"o{turns}", {}), on_stale="refresh")
+
+    await cancelled_at_each_turn(
+        place,
+        lambda turns: place.service.append_event(
+            session, event(f"e{turns}", in_each_scope(f"e{turns}")), on_stale="refresh"
+        ),
+        judge,
+    )
+
+
+async def test_a_change_of_state_is_whole_or_not_at_all(place: Place) -> None:
+    session = await place.create("s")
+    before = 0
+
+    async def judge(turns: int) -> None:
+        nonlocal before
+        stored = await place.stored("s")
+        assert stored is not None
+        counts = {stored.state.get(f"{scope}n", 0) for scope in ("", "app:", "user:")}
+        (count,) = counts
+        assert before <= count <= before + 1
+        before = count
+
+    add = {"n": 1, "app:n": 1, "user:n": 1}
+    await cancelled_at_each_turn(
+        place, lambda turns: place.service.update_state(**place.key(session), add=add), judge
+    )
+
+
+async def test_a_delete_is_whole_or_not_at_all(place: Place) -> None:
+    for turns in range(MOST):
+        session = await place.create(f"s{turns}")
+        await place.service.append_event(session, event("e", {}))
+
+    async def judge(turns: int) -> None:
+        stored = await place.stored(f"s{turns}")
+        assert stored is None or ids(stored) == ["e"]
+
+    await cancelled_at_each_turn(
+        place, lambda turns: place.service.delete_session(place.app, "ann", f"s{turns}"), judge
+    )
+
+
+async def test_a_read_gives_its_connection_back(place: Place) -> None:
+    session = await place.create("s")
+    for call in (
+        lambda: place.service.get_session(**place.key(session)),
+        lambda: place.service.list_sessions(app_name=place.app),
+    ):
+
+        async def judge(turns: int) -> None:
+            assert await place.stored("s") == session
+
+        await cancelled_at_each_turn(place, lambda turns, call=call: call(), judge)  # type: ignore[misc]
+
+
+def ids(session: Session) -> list[str]:
+    return [event.id for event in session.events]
