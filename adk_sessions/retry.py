@@ -23,9 +23,6 @@ T = TypeVar("T")
 # A pooler refuses logins for 15 seconds after its server came back.
 WINDOW = 30.0
 
-# For what cannot be told from its repetition.
-_ONCE = "the change may or may not be stored; read the state to find out"
-
 _FIRST_DELAY = 0.02
 _LONGEST_DELAY = 2.0
 
@@ -57,18 +54,21 @@ class Retry:
         """
         deadline = time.monotonic() + self.window
         delay = 0.0
+        lost = False
         while True:
             try:
                 result = await call()
             except SessionStoreError:
                 raise
             except Undecided as undecided:
-                fault, failure = Fault.FATAL, translate(undecided.error, unknown=True, hint=_ONCE)
+                fault, failure = Fault.FATAL, translate(undecided.error, unknown=True, once=True)
             except Exception as error:
                 fault = classify(error)
                 if fault is Fault.TAKEN or not is_database_error(error):
                     raise
-                failure = translate(error, unknown=write and self._reached)
+                # an earlier try may have written though this one never got as far
+                lost = lost or fault is Fault.LOST
+                failure = translate(error, unknown=write and self._reached and lost)
             else:
                 self._reached = True
                 return result

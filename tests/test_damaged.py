@@ -85,12 +85,11 @@ async def test_an_unreadable_event_is_named_or_stood_in_for(
     kind: str, database_url: str, app_name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with service_of(kind, database_url) as strict:
-        await three(strict, kind, app_name)
+        session = await three(strict, kind, app_name)
+        started = session.last_update_time - 60
         for what, data in DAMAGE.items():
             if what == "broken" and database_url.startswith("postgresql"):
                 continue  # JSONB takes none
-            if kind == "core" and what == "no object":
-                data = '"text"'
             await overwrite(database_url, app_name, "2", data)
             with pytest.raises(UnreadableEventError) as caught:
                 await strict.get_session(**of(app_name))
@@ -111,7 +110,8 @@ async def test_an_unreadable_event_is_named_or_stood_in_for(
                 assert found.state == {"k1": 1, "k2": 2, "k3": 3}
                 bad = found.events[1]
                 assert type(bad) is lenient.event_type
-                assert (bad.invocation_id, bad.timestamp) == ("i", 2.0)
+                assert bad.invocation_id == "i"
+                assert started <= bad.timestamp <= found.last_update_time  # the column's
                 assert bad.author == ("clerk" if "type" in what else "user")
                 assert bad.error_code == "UNREADABLE_EVENT"
                 assert "cannot be read" in bad.error_message
@@ -119,6 +119,9 @@ async def test_an_unreadable_event_is_named_or_stood_in_for(
                 assert not bad.actions.state_delta
                 again = await lenient.get_session(**of(app_name), num_recent_events=2)
                 assert again.events[0] == bad
+                if what != "wrong type" or not database_url.startswith("postgresql"):
+                    later = await lenient.get_session(**of(app_name), after_timestamp=2.5)
+                    assert [event.id for event in later.events] == ["2", "3"]
             [warning] = [r for r in caplog.records if r.name.startswith("adk_sessions")]
             assert warning.levelno == logging.WARNING
             for part in (app_name, "'s'", "'2'"):
@@ -254,7 +257,7 @@ async def test_a_class_without_the_fields_of_a_placeholder(
         await overwrite(database_url, app_name, "2", DAMAGE["wrong type"])
         found = await service.get_session(**of(app_name))
         bad = found.events[1]
-        assert (bad.id, bad.timestamp) == ("2", 2.0)
+        assert bad.id == "2"
         assert bad.error_code == "UNREADABLE_EVENT"
         with pytest.raises(InvalidInputError):
             await service.append_event(found, copy.deepcopy(bad))
@@ -442,7 +445,8 @@ class Either(BaseModel):
     ids=str,
 )
 def test_any_class_keeps_what_it_does_not_know(row: dict[str, Any]) -> None:
-    pytest.importorskip("pydantic", minversion="2.12")
+    if not codec._TELLS and "new" in row:
+        pytest.skip("pydantic before 2.12 ignores in silence what a class ignores")
     event = codec.load_event(Either, json.dumps(row), None)
     again = json.loads(codec.dump_event(event).data)
     assert _within(row, again)

@@ -56,7 +56,7 @@ async def ask(engine: AsyncEngine, statement: str) -> int:
 async def connected(url: str, number: int) -> None:
     """Waits until the database has so many connections besides the one that asks."""
     async with engine_for(url) as engine, asyncio.timeout(30):
-        while await ask(engine, OTHERS[kind_of(url)]) != number:
+        while await ask(engine, OTHERS[kind_of(url)]) != number:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
 
@@ -103,8 +103,6 @@ def test_threads_with_loops_of_their_own_append_to_the_same_sessions(
         records = list(threads.map(lambda n: asyncio.run(write(n)), range(3)))
     record = Record.of(one for of_thread in records for one in of_thread)
     asyncio.run(judge(service, app_name, record))
-    del service
-    gc.collect()
     if kind in SERVERS:
         asyncio.run(connected(url, 0))
 
@@ -126,9 +124,8 @@ def test_a_service_lives_on_when_its_loop_has_ended(
 
 
 @every_server
-@pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore:.*:pytest.PytestUnraisableExceptionWarning"
-)
+@pytest.mark.filterwarnings("ignore:unclosed")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_loop_that_was_closed_without_a_word_is_let_go(
     kind: str, fresh_database: NewDatabase, app_name: str
 ) -> None:
@@ -385,5 +382,4 @@ def test_a_forked_child_is_told_about_its_parents_engine(
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)
     print(json.dumps(asyncio.run(globals()[sys.argv[1]](*json.loads(sys.argv[2])))))

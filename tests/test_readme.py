@@ -52,37 +52,50 @@ def test_a_session_without_google_adk(tmp_path: Path) -> None:
 
 def test_the_kit_on_a_service_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "test_mine.py").write_text(block("class TestMyService"))
-    listed = run(tmp_path, "-m", "pytest", "-q", "--collect-only", "test_mine.py")
-    assert re.search(r"\b1\d\d tests collected", listed)
     # a part is enough to see that the class works
     some = run(tmp_path, "-m", "pytest", "-q", "-k", "delete or order", "test_mine.py")
-    assert re.search(r"^\d+ passed", some, re.MULTILINE)
+    counted = re.search(r"^(\d+) passed, (\d+) deselected", some, re.MULTILINE)
+    assert counted
+    assert 100 <= sum(map(int, counted.groups())) < 200
 
 
-@pytest.mark.parametrize("language", ["yaml", "python"])
-def test_the_services_that_google_adks_servers_load(tmp_path: Path, language: str) -> None:
-    pytest.importorskip("google.adk")
-    suffix = {"yaml": "yaml", "python": "py"}[language]
-    code = block("register_session_service" if suffix == "py" else "services:", language)
-    (tmp_path / f"services.{suffix}").write_text(code)
-    (tmp_path / "ask.py").write_text(
-        "import sys\n"
-        "from google.adk.cli.service_registry import get_service_registry, load_services_module\n"
-        "load_services_module(sys.argv[1])\n"
-        "uri = 'postgresql://ann@127.0.0.1/x'\n"
-        "service = get_service_registry().create_session_service(uri, agents_dir='.')\n"
-        "print(type(service).__module__)\n"
-    )
-    assert run(tmp_path, "ask.py", str(tmp_path)) == "adk_sessions.adk\n"
-
-
-def test_the_import_that_is_swapped(tmp_path: Path) -> None:
+def test_the_import_that_is_swapped_and_the_services_that_google_adks_servers_load(
+    tmp_path: Path,
+) -> None:
+    """In one process, since importing google-adk takes seconds."""
     pytest.importorskip("google.adk")
     was, now = block("was: from google.adk.sessions").splitlines()[:2]
-    code = [was.removeprefix("# was: "), "Theirs = DatabaseSessionService"]
-    code += [now, "print(DatabaseSessionService is Theirs, DatabaseSessionService.__name__)"]
-    (tmp_path / "main.py").write_text("\n".join(code))
-    assert run(tmp_path, "main.py") == "False DatabaseSessionService\n"
+    swapped = [was.removeprefix("# was: "), "Theirs = DatabaseSessionService"]
+    swapped += [now, "print(DatabaseSessionService is Theirs, DatabaseSessionService.__name__)"]
+    for suffix, code in {
+        "yaml": block("services:", "yaml"),
+        "py": block("register_session_service"),
+    }.items():
+        (tmp_path / suffix).mkdir()
+        (tmp_path / suffix / f"services.{suffix}").write_text(code)
+    ask = """
+from google.adk.cli import service_registry
+
+def ask(folder):
+    service_registry._service_registry_instance = None
+    service_registry.load_services_module(folder)
+    registry = service_registry.get_service_registry()
+    uri = "postgresql://ann@127.0.0.1/x"
+    print(folder, type(registry.create_session_service(uri, agents_dir=".")).__module__)
+
+try:
+    ask("none")
+except ValueError as error:
+    print("none", error)
+ask("yaml")
+ask("py")
+"""
+    (tmp_path / "none").mkdir()
+    (tmp_path / "main.py").write_text("\n".join([*swapped, ask]))
+    first, without, *loaded = run(tmp_path, "main.py").splitlines()
+    assert first == "False DatabaseSessionService"
+    assert without.startswith("none Database related module not found")  # google-adk's own
+    assert loaded == ["yaml adk_sessions.adk", "py adk_sessions.adk"]
 
 
 def shell(script: str, url: str, folder: Path) -> str:
@@ -109,11 +122,13 @@ def shell(script: str, url: str, folder: Path) -> str:
 def test_deploying(kind: str, tmp_path: Path, fresh_database: Callable[[str], str]) -> None:
     url = fresh_database(kind)
     commands = block("adk-sessions current", "sh")
-    for _ in range(2):
-        lines = shell(commands, url, tmp_path).splitlines()
-        assert lines[1] == f"The schema is as revision {migrate.HEAD} wants it."
-        assert lines[2] == f"{migrate.HEAD} (head)"
-    assert lines[0] == f"At {migrate.HEAD} already."
+    before = [f"From no revision to {migrate.HEAD}.", f"At {migrate.HEAD} already."]
+    for first_line in before[: 2 if kind == "postgresql" else 1]:
+        assert shell(commands, url, tmp_path).splitlines() == [
+            first_line,
+            f"The schema is as revision {migrate.HEAD} wants it.",
+            f"{migrate.HEAD} (head)",
+        ]
 
 
 @pytest.mark.parametrize("kind", ["mariadb"])

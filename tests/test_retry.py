@@ -19,6 +19,7 @@ from adk_sessions import (
     OutcomeUnknownError,
     SchemaError,
 )
+from adk_sessions.dialects.faults import Undecided
 from adk_sessions.retry import Retry
 
 
@@ -205,6 +206,32 @@ async def test_the_last_fault_is_the_one_reported(clock: Clock) -> None:
     retry = await reached()
     error = await raised(retry, failing(CONFLICT, BROKEN, FATAL), write=True)
     assert error.code == FATAL
+
+
+@pytest.mark.parametrize("code", [CONFLICT, UNAVAILABLE, FATAL])
+async def test_what_was_unknown_once_stays_so_whatever_comes_after(clock: Clock, code: str) -> None:
+    retry = await reached(1.0)
+    error = await raised(retry, failing(BROKEN, *[code] * 99), write=True)
+    assert isinstance(error, OutcomeUnknownError)
+    assert error.code == code
+    assert error.retryable
+    assert type(await raised(retry, failing(*[code] * 99), write=True)) is DatabaseError
+
+
+async def test_what_must_not_happen_twice_is_not_repeated(clock: Clock) -> None:
+    retry = await reached()
+    calls = 0
+
+    async def undecided() -> None:
+        nonlocal calls
+        calls += 1
+        raise Undecided(refused(BROKEN))
+
+    error = await raised(retry, undecided, write=False)
+    assert isinstance(error, OutcomeUnknownError)
+    assert not error.retryable
+    assert "read the state" in str(error)
+    assert calls == 1
 
 
 async def test_a_full_pool_has_waited_already(clock: Clock) -> None:

@@ -1,7 +1,7 @@
 """Processes that start at once on a database whose tables are not there, or not those of today.
 
 A launcher, which is this file run as a script, has imported everything and forks them; they wait
-until all are there. ADK_SESSIONS_SOAK=1 repeats each race 20 times, with twice as many.
+until all are there. ADK_SESSIONS_SOAK=1 repeats each race 20 times instead of 3.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from adk_sessions import Event, EventActions, MigrationLockError, SessionService
 from adk_sessions.models import INDEX, VERSION_TABLE
 
 SOAK = os.environ.get("ADK_SESSIONS_SOAK") == "1"
-ROUNDS = 20 if SOAK else 1
-PROCESSES = 32 if SOAK else 16
+ROUNDS = 20 if SOAK else 3
+PROCESSES = 32
 FEW = 8
 PATIENCE = 90.0  # seconds that all of a round may take; nobody is to come near
 BOUND = 50.0  # less than a migration waits for its lock

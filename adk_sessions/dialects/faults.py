@@ -86,9 +86,16 @@ _HINTS: dict[str | int, str] = {
     "42P01": _MISSING,
     "42703": _MISSING,
     "42501": "this role lacks a privilege on a table or schema, or a policy keeps the row from it",
+    "53100": "the server's disk is full",
+    "25006": "the server, the database or the role is read-only",
     1044: "this user may not use the database",
     **dict.fromkeys((1045, 1698), "the user or the password is wrong"),
     1049: "the database does not exist: create it first",
+    **dict.fromkeys((1021, 1114), "the server's disk is full"),
+    **dict.fromkeys((1290, 1836), "the server is read-only"),
+    **dict.fromkeys(
+        (2002, 2003), "no server answers there; check host and port, and the way there"
+    ),
     1142: "this user lacks a privilege on a table",
     1146: _MISSING,
     1054: _MISSING,
@@ -99,6 +106,10 @@ _HINTS: dict[str | int, str] = {
     sqlite3.SQLITE_NOTADB: "the file is not an SQLite database",
 }
 
+# Where it is open if something was written.
+_REPEAT = "the call may or may not be stored; repeat it with the same id"
+_LOOK = "the change may or may not be stored; read the state to find out"
+
 # Where there is no code, the class of the error says it.
 _NAME_HINTS = {
     "ConnectionRefusedError": "nothing listens there; check host and port, and the server",
@@ -106,6 +117,7 @@ _NAME_HINTS = {
     "ConnectionError": "the server refused TLS, which sslmode asks for, or is no PostgreSQL",
     "SSLError": "the server offers no TLS, or one that cannot be trusted",
     "SSLCertVerificationError": "the server's certificate cannot be trusted; check sslrootcert",
+    "OSError": "there is no way to the server; check host and port",
     "TimeoutError": "no answer in time; check host and port, and the way there",
     "FileNotFoundError": "the folder of the file cannot be made",
     "PermissionError": "the file or its folder may not be written",
@@ -162,14 +174,14 @@ def translate(
     error: Exception,
     *,
     unknown: bool,
-    hint: str = "the call may or may not be stored; repeat it with the same id",
+    once: bool = False,
 ) -> DatabaseError | ConfigurationError:
     """The store's own error for one of a driver or of SQLAlchemy, with nothing of its text.
 
     Args:
         error: what was raised.
-        unknown: whether a lost connection leaves it open if something was written.
-        hint: what to do then.
+        unknown: whether it is open if something was written.
+        once: whether that must not be written twice.
     """
     fault = classify(error)
     code = code_of(error)
@@ -187,15 +199,14 @@ def translate(
     advice = _NAME_HINTS.get(name) or (_HINTS.get(code) if code is not None else None)
     kind = DatabaseError
     message = f"The database refused the call ({what})"
-    if fault is Fault.LOST or name in _NAME_HINTS:
+    if fault is Fault.LOST or name in _NAME_HINTS or code in (2002, 2003):
         message = f"The connection to the database failed ({what})"
-        if unknown and fault is Fault.LOST:
-            kind = OutcomeUnknownError
-            advice = hint
+    retryable = fault not in (Fault.FATAL, Fault.TAKEN)
+    if unknown:
+        kind, retryable = OutcomeUnknownError, not once
+        advice = _REPEAT if retryable else _LOOK
     message += f": {advice}." if advice else "."
-    return kind(
-        message, retryable=fault not in (Fault.FATAL, Fault.TAKEN), code=code, driver_error=name
-    )
+    return kind(message, retryable=retryable, code=code, driver_error=name)
 
 
 def is_database_error(error: BaseException) -> bool:
