@@ -6,6 +6,15 @@ ARGS ?=
 WORKERS ?= 3
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
+# Every file that has more to do when ADK_SESSIONS_SOAK=1: they name one of these.
+SOAK = $$(grep -rlwE 'SOAK|PART' tests --include 'test_*.py')
+
+# What takes long and depends on no version of a library that users install: what servers do when
+# they die and when processes race, the tests' own servers, the wheel and what README tells people
+# to type, our own reader of pickles. `make test` runs them on the newest versions.
+LOWEST := $(addprefix --ignore=tests/,faults test_start.py test_processes.py test_servers.py \
+	test_package.py test_readme.py test_pickles.py test_layout.py test_compose.py)
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := bin/python -m pip install -qq
 
@@ -36,16 +45,14 @@ format: venv  ## mend what `check` can mend
 test: venv  ## all tests; ARGS="-k name" chooses
 	.venv/bin/python $(PYTEST) $(ARGS)
 
-soak: venv  ## the tests that take long: 20 rounds of what `test` does 3 or 5 times
-	ADK_SESSIONS_SOAK=1 .venv/bin/python -m pytest --timeout 900 \
-		tests/test_start.py tests/test_convert.py tests/test_frozen.py tests/test_names.py \
-		tests/test_modes.py tests/test_rls.py tests/test_contract_adk.py $(ARGS)
+soak: venv  ## the tests that take long: many rounds, and all of what `test` does a part of
+	ADK_SESSIONS_SOAK=1 .venv/bin/python -m pytest --timeout 900 $(SOAK) $(ARGS)
 
 test-core: .venv-core/installed  ## the tests without google-adk
 	.venv-core/bin/python $(PYTEST) $(ARGS)
 
 test-lowest: .venv-lowest/installed  ## the same with the lowest versions that pyproject.toml allows
-	.venv-lowest/bin/python $(PYTEST) $(ARGS)
+	.venv-lowest/bin/python $(PYTEST) $(LOWEST) $(ARGS)
 
 bench: .venv-bench/installed  ## against google-adk's and sqlspec's stores; ARGS=--short, ARGS=--help
 	PYTHONPATH=tests .venv-bench/bin/python -m benchmarks $(ARGS)

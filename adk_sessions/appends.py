@@ -15,6 +15,7 @@ from .binding import Binding, E, S, encode_events
 from .dialects import Generic
 from .dialects.faults import translate
 from .dialects.rows import Deltas, Key, NewEvent, Revisions, Snapshot
+from .retry import Attempt
 from .turns import Turns, settled
 
 T = TypeVar("T")
@@ -40,7 +41,9 @@ class Appends(Binding[S, E]):
         """Sees to the tables."""
         raise NotImplementedError
 
-    async def _run(self, work: Callable[[Connection], T], *, write: bool) -> T:
+    async def _run(
+        self, work: Callable[[Connection], T], *, write: bool, attempt: Attempt | None = None
+    ) -> T:
         raise NotImplementedError
 
     def _checked(self, app_name: str, user_id: str, session_id: str) -> Key:
@@ -85,11 +88,14 @@ class Appends(Binding[S, E]):
                 expected = await self._matching_revision(key, session)
             since = expected or clock.to_datetime(session.last_update_time)
             moved: Revisions | None = None
+            attempt = Attempt()
             taken: IntegrityError | None = None
             if refresh or expected is not None:
                 try:
                     moved = await self._run(
-                        self._appending(key, None if refresh else expected, new, deltas), write=True
+                        self._appending(key, None if refresh else expected, new, deltas),
+                        write=True,
+                        attempt=attempt,
                     )
                 except IntegrityError as error:
                     taken = error
@@ -100,7 +106,8 @@ class Appends(Binding[S, E]):
                     self._commit(session, event)
                 self._remember(session, moved.after)
                 return
-            found = await self._look(key, since, ids, certain=moved is None and taken is None)
+            certain = moved is None and taken is None and not attempt.lost
+            found = await self._look(key, since, ids, certain=certain)
             if found is None:
                 raise self._missing(session)
             stored = {row.id: codec.EventText(row.data or "{}", row.exact) for row in found.events}
@@ -135,7 +142,6 @@ class Appends(Binding[S, E]):
         self, key: Key, since: datetime, ids: list[str], *, certain: bool
     ) -> Snapshot | None:
         """What lies after a revision; with an error of its own where the append may be stored."""
-        failure: errors.DatabaseError | None = None
         try:
             return await self._run(
                 lambda conn: self._statements.catch_up(conn, key, since, ids), write=False
@@ -143,10 +149,7 @@ class Appends(Binding[S, E]):
         except errors.DatabaseError as error:
             if certain:
                 raise
-            failure = error
-        raise errors.OutcomeUnknownError(
-            retryable=True, code=failure.code, driver_error=failure.driver_error
-        )
+            raise errors.OutcomeUnknownError.after(error) from None
 
     async def _matching_revision(self, key: Key, session: S) -> datetime | None:
         """The stored revision, if a session without a marker can be said to be at it.

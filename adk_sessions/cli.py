@@ -301,6 +301,7 @@ async def examine(
             click.echo(
                 f"Mend the schema with: {adoption.command('upgrade', where)}. If that has nothing"
                 f" to do, then with {adoption.command('stamp base', where)} before it."
+                + (" Only then is anything repaired." if repair else "")
             )
     if not report.healthy:
         raise click.exceptions.Exit(1)

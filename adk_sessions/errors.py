@@ -166,3 +166,8 @@ class UnreadableEventError(DatabaseError):
 
 class OutcomeUnknownError(DatabaseError):
     """The connection broke while the call was being committed: it may or may not be stored. Repeat an append or a create with the same id, read a state that was to be changed."""  # noqa: E501
+
+    @classmethod
+    def after(cls, error: DatabaseError) -> OutcomeUnknownError:
+        """For a call that may be stored, when an error keeps it from being looked up."""
+        return cls(retryable=True, code=error.code, driver_error=error.driver_error)

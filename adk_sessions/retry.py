@@ -27,6 +27,17 @@ _FIRST_DELAY = 0.02
 _LONGEST_DELAY = 2.0
 
 
+class Attempt:
+    """What the tries of one call have met.
+
+    Attributes:
+        lost: whether a connection broke under one of them, so that it may have happened.
+    """
+
+    def __init__(self) -> None:
+        self.lost = False
+
+
 class Retry:
     """Repeats calls that met a passing fault, with exponential backoff and jitter.
 
@@ -41,12 +52,19 @@ class Retry:
         self.window = window
         self._reached = False
 
-    async def __call__(self, call: Callable[[], Awaitable[T]], *, write: bool) -> T:
+    async def __call__(
+        self,
+        call: Callable[[], Awaitable[T]],
+        *,
+        write: bool,
+        attempt: Attempt | None = None,
+    ) -> T:
         """Awaits ``call()`` until it succeeds, fails for good or the window is over.
 
         Args:
             call: makes the awaitable, anew for each try.
             write: whether a lost connection leaves it open if something was written.
+            attempt: takes note of that, for who has to know though a later try succeeds.
 
         Raises:
             DatabaseError: of the last try.
@@ -54,7 +72,7 @@ class Retry:
         """
         deadline = time.monotonic() + self.window
         delay = 0.0
-        lost = False
+        attempt = attempt or Attempt()
         while True:
             try:
                 result = await call()
@@ -67,8 +85,8 @@ class Retry:
                 if fault is Fault.TAKEN or not is_database_error(error):
                     raise
                 # an earlier try may have written though this one never got as far
-                lost = lost or fault is Fault.LOST
-                failure = translate(error, unknown=write and self._reached and lost)
+                attempt.lost = attempt.lost or fault is Fault.LOST
+                failure = translate(error, unknown=write and self._reached and attempt.lost)
             else:
                 self._reached = True
                 return result

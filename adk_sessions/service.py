@@ -31,11 +31,10 @@ from .dialects import (
     open_replica,
     open_url,
 )
-from .dialects.faults import Fault, classify
 from .dialects.rows import Key, Snapshot, States
 from .lean import Lean
 from .models import models
-from .retry import WINDOW, Retry
+from .retry import WINDOW, Attempt, Retry
 from .session import Event, ListSessionsResponse, Session
 from .turns import Turns
 
@@ -328,24 +327,17 @@ class Store(Appends[S, E]):
         deltas = encode_deltas(initial, "state")
         now = clock.to_datetime(self._now())
         await self.prepare_tables()
-        lost = False
-
-        async def create() -> States:
-            nonlocal lost
-            try:
-                return await self._database.run(
-                    lambda conn: self._statements.create(conn, key, now, deltas), write=True
-                )
-            except Exception as error:
-                lost = lost or classify(error) is Fault.LOST
-                raise
-
+        attempt = Attempt()
         stored: States | None = None
         with contextlib.suppress(IntegrityError):
-            stored = await self._retry(create, write=True)
+            stored = await self._run(
+                lambda conn: self._statements.create(conn, key, now, deltas),
+                write=True,
+                attempt=attempt,
+            )
         if stored is None:
             # after a lost connection the session that is there may be the one of the first try
-            found = await self._read(key, limit=0) if lost else None
+            found = await self._made(key) if attempt.lost else None
             if found is None or found.create_time != now:
                 raise self.already_exists(
                     f"Session with id {session_id!r} already exists. Choose another id, or get the"
@@ -383,7 +375,7 @@ class Store(Appends[S, E]):
 
         Raises:
             InvalidInputError: a filter is negative or not a number.
-            DatabaseError: a stored event cannot be read; the message names it.
+            UnreadableEventError: a stored event cannot be read, and ``on_bad_event`` is ``raise``.
         """
         if config is not None:
             num_recent_events = config.num_recent_events
@@ -634,8 +626,19 @@ class Store(Appends[S, E]):
 
     # --- pieces --------------------------------------------------------------------------------
 
-    async def _run(self, work: Callable[[Connection], T], *, write: bool) -> T:
-        return await self._retry(lambda: self._database.run(work, write=write), write=write)
+    async def _run(
+        self, work: Callable[[Connection], T], *, write: bool, attempt: Attempt | None = None
+    ) -> T:
+        return await self._retry(
+            lambda: self._database.run(work, write=write), write=write, attempt=attempt
+        )
+
+    async def _made(self, key: Key) -> Snapshot | None:
+        """The session that a create may have made whose connection was lost."""
+        try:
+            return await self._read(key, limit=0)
+        except errors.DatabaseError as error:
+            raise errors.OutcomeUnknownError.after(error) from None
 
     async def _consult(self, work: Callable[[Generic, Connection], T], *, replica: bool) -> T:
         if replica and self._replica is not None:

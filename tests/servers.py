@@ -266,7 +266,7 @@ class Postgres(Server):
         process = self._own().process
         # The first line tells a file that a killed server left behind.
         is_ours = process is not None and lines[:1] == [str(process.pid)]
-        return is_ours and len(lines) >= 8 and lines[7].strip() == "ready"
+        return is_ours and len(lines) >= 8 and lines[7].strip() in ("ready", "standby")
 
     def stop(self) -> None:
         """Fast shutdown: running transactions are rolled back, sessions are told."""
@@ -279,16 +279,34 @@ class Postgres(Server):
     def kill(self) -> None:
         """Kill every process at once, as a crash of the machine would."""
         child = self._own()
-        backends: list[int] = []
-        if child.process is not None:
-            pid = child.process.pid
-            with suppress(OSError):  # not Linux: the backends end by themselves, a little later
-                listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-                backends = [int(word) for word in listed.split()]
+        backends = self._backends()
         child.end(signal.SIGKILL)
         for backend in backends:
             with suppress(ProcessLookupError):
                 os.kill(backend, signal.SIGKILL)
+
+    def _backends(self) -> list[int]:
+        process = self._own().process
+        if process is not None:
+            with suppress(OSError):  # not Linux: the backends end by themselves, a little later
+                listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+                return [int(word) for word in listed.split()]
+        return []
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Every process is stopped, as on a machine that hangs: connections stay, nobody answers."""
+        process = self._own().process
+        assert process is not None
+        pids = [process.pid, *self._backends()]
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            yield
+        finally:
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
 
     def create_database(self, name: str) -> str:
         # Not template1: one connection to it, of anybody, makes CREATE DATABASE fail.
@@ -319,16 +337,25 @@ class Postgres(Server):
         run_sync(self._connected(run))
 
     @cached_property
+    def value(self, query: str, database: str | None = None) -> Any:
+        """What a query finds in its first row and column."""
+
+        async def run(connection: asyncpg.Connection) -> Any:
+            return await connection.fetchval(query)
+
+        return run_sync(self._connected(run, database))
+
     def _version(self) -> int:
         async def run(connection: asyncpg.Connection) -> int:
             return int(connection.get_server_version().major)
 
         return run_sync(self._connected(run))
 
-    async def _connected(self, run: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
-        connection = await asyncpg.connect(
-            self.url(self.address.database or "postgres"), timeout=10, command_timeout=PATIENCE
-        )
+    async def _connected(
+        self, run: Callable[[Any], Coroutine[Any, Any, T]], database: str | None = None
+    ) -> T:
+        url = self.url(database or self.address.database or "postgres")
+        connection = await asyncpg.connect(url, timeout=10, command_timeout=PATIENCE)
         try:
             return await run(connection)
         finally:
@@ -377,6 +404,33 @@ def run_postgres(*, durable: bool = False) -> Iterator[Postgres]:
         postgres = Postgres(address, child, durable)
         postgres.start()
         yield postgres
+    finally:
+        child.remove(signal.SIGINT)
+
+
+@contextmanager
+def run_standby(primary: Postgres) -> Iterator[Postgres]:
+    """A hot standby of a server of ours, which acknowledges nothing that the standby has not."""
+    programs = primary._own().program.parent
+    child = Child(programs / "postgres")
+    try:
+        child.leave_root()
+        behind = f"host={LOOPBACK} port={primary.port} user=postgres"
+        slot = ["-C", "-S", "standby"]
+        copy = [programs / "pg_basebackup", "-d", behind, "-D", child.directory / "data"]
+        child.run(*copy, "-R", "-X", "stream", "-c", "fast", "--no-sync", *slot)
+        address = URL.create("postgresql", "postgres", host=LOOPBACK, port=free_port())
+        standby = Postgres(address, child, primary.durable)
+        standby.start()
+        primary.execute(
+            "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()"
+        )
+        deadline = time.monotonic() + PATIENCE
+        while primary.value("SELECT sync_state FROM pg_stat_replication") != "sync":
+            if time.monotonic() > deadline:
+                raise ServerError(f"the standby does not follow:\n{child.log_tail()}")
+            time.sleep(0.02)
+        yield standby
     finally:
         child.remove(signal.SIGINT)
 

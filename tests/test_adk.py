@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+from everywhere import PART
 
 pytest.importorskip("google.adk")
 
@@ -818,7 +819,12 @@ async def test_services_on_one_engine_keep_every_key(
 
 
 class TestOnAPassedEngine(_OnURLs):
-    """The contract kit where a file is not reached by a URL but by an engine."""
+    """A part of the kit where a file is not reached by a URL but by an engine.
+
+    ADK_SESSIONS_SOAK=1 runs all of it.
+    """
+
+    locals().update(PART)
 
     @pytest.fixture
     def backend(self) -> str:

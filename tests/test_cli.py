@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from scripts import run_script
 from servers import free_port, run_sync
 from sqlalchemy import inspect, text
 
-from adk_sessions import SessionService, migrate
+from adk_sessions import Event, SessionService, migrate
 from adk_sessions.cli import main
 from adk_sessions.models import TABLES, VERSION_TABLE
 
@@ -202,6 +203,90 @@ def test_a_lock_that_cannot_be_had(fresh_database: NewDatabase) -> None:
             await connection.close()
 
     run_sync(refuse())
+
+
+# Looking after the data
+
+
+async def break_off(url: str) -> None:
+    """Two apps, in each a session whose agent stopped in the middle of a call."""
+    call = {"function_call": {"id": "c", "name": "look_up", "args": {"q": "top-secret"}}}
+    content = {"role": "model", "parts": [call]}
+    async with SessionService(url) as service:
+        for app in ("one", "two"):
+            session = await service.create_session(app_name=app, user_id="ann", session_id="s")
+            event = Event(id="e", invocation_id="i", author="clerk", content=content)
+            await service.append_event(session, event)
+
+
+@every_kind
+def test_the_doctor(kind: str, fresh_database: NewDatabase) -> None:
+    url = fresh_database(kind)
+    unmade = run("doctor", "--repair", url=url)
+    assert unmade.exit_code == 1
+    assert "adk-sessions upgrade --url …" in unmade.stdout
+    assert "Only then is anything repaired" in unmade.stdout
+    assert run_sync(tables_of(url)) == set()
+    ok("upgrade", url=url)
+    assert "Nothing is wrong." in ok("doctor", url=url)
+    run_sync(break_off(url))
+    # that was a moment ago: somebody may be at it
+    assert "may still be running" in ok("doctor", url=url)
+    at_once = ("doctor", "--older-than", "0")
+    found = run(*at_once, url=url)
+    assert found.exit_code == 1
+    assert "open calls: 'one' / 'ann' / 's' / 'e' / 'look_up c'" in found.stdout
+    assert "top-secret" not in found.output
+    [row] = json.loads(run(*at_once, "--app", "two", "--json", url=url).stdout)["found"][
+        "open_calls"
+    ]["rows"]
+    assert (row["app_name"], row["event_id"]) == ("two", "e")
+    assert "Nothing is wrong." in ok(*at_once, "--app", "two", "--repair", url=url)
+    assert run(*at_once, "--app", "one", url=url).exit_code == 1
+    told = json.loads(ok(*at_once, "--repair", "--json", url=url))
+    assert told["healthy"]
+    assert told["repaired"]["calls"] == 1
+    assert json.loads(ok(*at_once, "--repair", "--json", url=url))["repaired"]["calls"] == 0
+
+
+def test_the_doctor_without_google_adk(
+    fresh_database: NewDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = fresh_database("sqlite")
+    run_sync(break_off(url))
+    monkeypatch.delitem(sys.modules, "adk_sessions.adk", raising=False)
+    monkeypatch.setitem(sys.modules, "google.adk", None)
+    for events in ("auto", "plain"):
+        assert "Nothing is wrong." in ok("doctor", "--events", events, url=url)
+    assert "pip install" in refused("doctor", "--events", "adk", url=url)
+    assert "Nothing is wrong." in ok("doctor", "--older-than", "0", "--repair", url=url)
+
+
+def test_the_doctor_reads_as_google_adk_where_it_can(fresh_database: NewDatabase) -> None:
+    pytest.importorskip("google.adk")
+    url = fresh_database("sqlite")
+
+    async def write() -> None:
+        async with SessionService(url) as service:
+            session = await service.create_session(app_name="a", user_id="u", session_id="s")
+            await service.append_event(session, Event(id="e", author="a", content="plain text"))
+
+    run_sync(write())
+    done = run("doctor", url=url)
+    assert done.exit_code == 1
+    assert "unreadable: 'a' / 'u' / 's' / 'e'" in done.stdout
+    assert "plain text" not in done.stdout
+    ok("doctor", "--events", "plain", url=url)
+
+
+@pytest.mark.parametrize("option", [("--events", "nonsense"), ("--older-than", "-1"), ("--fix",)])
+def test_the_doctor_asked_wrongly(option: tuple[str, ...]) -> None:
+    assert run("doctor", *option, url="sqlite://").exit_code == 2
+
+
+def test_the_doctor_at_a_server_that_is_not_there() -> None:
+    message = refused("doctor", url=f"postgresql://ann:top-secret@127.0.0.1:{free_port()}/db")
+    assert "top-secret" not in message
 
 
 def test_every_command_is_documented() -> None:

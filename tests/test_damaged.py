@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from engines import engine_for
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rows import overwrite, stored
 
 from adk_sessions import (
@@ -29,6 +29,7 @@ from adk_sessions import (
     UnreadableEventError,
     codec,
 )
+from adk_sessions.lean import Lean
 
 every_database = pytest.mark.parametrize(
     "database_url", ["sqlite", "postgresql", "mariadb"], indirect=True
@@ -174,9 +175,11 @@ async def test_what_was_missed_may_be_unreadable(
         # the damaged one itself is another event than what is stored
         with pytest.raises(EventConflictError):
             await service.append_event(late, event_of(kind, "2"))
-        await overwrite(database_url, app_name, "2", None)
-        with pytest.raises(EventConflictError):
-            await service.append_event(late, event_of(kind, "2"))
+        for what in ("null", "no object", "broken"):
+            if what != "broken" or not database_url.startswith("postgresql"):
+                await overwrite(database_url, app_name, "2", DAMAGE[what])
+                with pytest.raises(EventConflictError):
+                    await service.append_event(late, event_of(kind, "2"))
 
 
 @needs_adk
@@ -377,6 +380,22 @@ async def test_newer_fields_stay_with_copies_and_changes(database_url: str, app_
 
 
 @needs_adk
+@pytest.mark.parametrize("lean", [False, True], ids=["usual", "lean"])
+@pytest.mark.parametrize("where", ["event", "node_info"])
+def test_newer_fields_that_google_adk_would_ignore(where: str, lean: bool) -> None:
+    from adk_sessions.adk import DatabaseSessionService as Ours
+
+    reader = None
+    if lean:
+        reader = Lean(Ours.event_type, Ours.lean_rules)
+        reader._proofs = 0
+    row = json.loads(codec.dump_event(rich("e")).data)
+    (row if where == "event" else row[where])["newer"] = 1
+    event = codec.load_event(Ours.event_type, json.dumps(row), None, reader)
+    assert json.loads(codec.dump_event(event).data) == row
+
+
+@needs_adk
 @every_database
 async def test_newer_fields_in_the_exact_form(database_url: str, app_name: str) -> None:
     odd = {"newer": [float("inf"), -0.0, "a\0b", "\ud800", 10**5000], "n": {"also\0": 1e16}}
@@ -458,6 +477,23 @@ def test_what_is_read_by_an_alias_keeps_its_fields() -> None:
     event = codec.load_event(Either, json.dumps(row), None)
     again = json.loads(codec.dump_event(event).data)
     assert again["many"] == {"a": [{"known_name": 2, "new": 1}]}
+
+
+def test_a_class_that_takes_unknown_fields_has_them_as_ever() -> None:
+    row = {"new": 1, "open": {"id": "o", "timestamp": 1.0, "author": "a", "unknown": 1}}
+    event = codec.load_event(Either, json.dumps(row), None)
+    assert event.open == Event.model_validate(row["open"])
+    assert event.open.model_fields_set == {"id", "timestamp", "author", "unknown"}
+
+
+class Open(Either):
+    model_config = ConfigDict(extra="allow")
+
+
+def test_what_could_not_be_written_back_is_not_taken_out() -> None:
+    assert codec.load_event(Open, '{"new": 1}', None).model_extra == {"new": 1}
+    with pytest.raises(ValidationError):
+        codec.load_event(Open, '{"many": {"a": [{"known_name": 1, "new": 1}]}}', None)
 
 
 def test_an_ordinary_event_carries_nothing() -> None:

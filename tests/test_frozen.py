@@ -1,8 +1,7 @@
 """The databases of earlier revisions in tests/data/revisions, on this release.
 
-Each is loaded, upgraded and read. The contract kit runs as a whole on the oldest revision on
-PostgreSQL, and the tests that `REPRESENTATIVE` names on the oldest and the newest of each database;
-ADK_SESSIONS_SOAK=1 (`make soak`) runs all of it on all.
+Each is loaded, upgraded and read. Of the contract kit the tests that `REPRESENTATIVE` names run on
+the oldest and the newest of each database; ADK_SESSIONS_SOAK=1 (`make soak`) runs all of it on all.
 """
 
 from __future__ import annotations
@@ -395,46 +394,27 @@ def loaded_once(files: list[tuple[str, str]]) -> Any:
     return loaded
 
 
-WHOLE = FILES if SOAK else [(OLDEST, "postgresql")]
-whole_url = loaded_once(WHOLE)
-part_url = loaded_once(
-    [file for file in FILES if file not in WHOLE and file[0] in (OLDEST, migrate.HEAD)]
-)
+kit_url = loaded_once([file for file in FILES if SOAK or file[0] in (OLDEST, migrate.HEAD)])
 
 
-class OnAFrozenDatabase(SessionServiceContract):
-    """The kit, with two services on a frozen database."""
+class TestTheKit(SessionServiceContract):
+    """The kit, with two services on a frozen database: a part, with ADK_SESSIONS_SOAK=1 all of it.
+
+    What stands for the rest runs on the oldest revision and on the newest.
+    """
+
+    locals().update(PART)
 
     @pytest.fixture
-    async def service(self, url: str) -> AsyncIterator[SessionService]:
+    async def service(self, kit_url: str) -> AsyncIterator[SessionService]:
         # what a power loss would do to the file is not in question
-        async with SessionService(url, sqlite_synchronous="NORMAL") as service:
+        async with SessionService(kit_url, sqlite_synchronous="NORMAL") as service:
             yield service
 
     @pytest.fixture
-    async def other_service(self, url: str) -> AsyncIterator[SessionService]:
-        async with SessionService(url, sqlite_synchronous="NORMAL") as service:
+    async def other_service(self, kit_url: str) -> AsyncIterator[SessionService]:
+        async with SessionService(kit_url, sqlite_synchronous="NORMAL") as service:
             yield service
-
-
-class TestTheKit(OnAFrozenDatabase):
-    """All of it."""
-
-    @pytest.fixture
-    def url(self, whole_url: str) -> str:
-        return whole_url
-
-
-if not SOAK:
-
-    class TestPartOfTheKit(OnAFrozenDatabase):
-        """The tests that stand for the others."""
-
-        @pytest.fixture
-        def url(self, part_url: str) -> str:
-            return part_url
-
-        locals().update(PART)
 
 
 def test_the_representative_tests_are_in_the_kit() -> None:

@@ -292,14 +292,16 @@ def once(test: Any) -> Any:
     return run
 
 
-for _name in ACROSS_USERS:
-    setattr(TestContract, _name, once(refused(getattr(SessionServiceContract, _name))))
-for _name in VALUES:
-    setattr(TestContract, _name, once(getattr(SessionServiceContract, _name)))
+_adapted = {name: once(refused(getattr(SessionServiceContract, name))) for name in ACROSS_USERS}
+_adapted |= {name: once(getattr(SessionServiceContract, name)) for name in VALUES}
 # one of its users has an empty id
-TestContract.test_ids_are_kept_verbatim = refused(  # type: ignore[method-assign]
+_adapted["test_ids_are_kept_verbatim"] = refused(
     SessionServiceContract.test_ids_are_kept_verbatim, lambda given: given["field"] == "user_id"
 )
+for _name, _test in _adapted.items():
+    setattr(TestContract, _name, _test)
+    if getattr(TestContractGeneric, _name) is not None:
+        setattr(TestContractGeneric, _name, _test)
 for _name in dir(SessionServiceContract):
     if _name.startswith("test_") and _name not in POOLED:
         setattr(TestContractPooled, _name, None)

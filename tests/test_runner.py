@@ -385,29 +385,40 @@ async def test_a_script_ends_as_on_adks_own_service(
 # A process ends, another one goes on
 
 
-async def first_process(url: str, app_name: str) -> None:
-    talk = Talk(Ours(url), App(name=app_name, root_agent=clerk()))
-    await talk.start(state={"own": 1})
-    await talk.say("hello")
-    await talk.say(remembering(VALUES))
-    print(json.dumps((await talk.stored()).model_dump(mode="json")), flush=True)
+async def first_process(app_name: str, *urls: str) -> None:
+    for url in urls:
+        talk = Talk(Ours(url), App(name=app_name, root_agent=clerk()))
+        await talk.start(state={"own": 1})
+        await talk.say("hello")
+        await talk.say(remembering(VALUES))
+        print(json.dumps((await talk.stored()).model_dump(mode="json")), flush=True)
     os._exit(0)  # without a goodbye: what was acknowledged is stored
 
 
-@EVERY_DATABASE
-async def test_a_new_process_goes_on(database_url: str) -> None:
+async def test_a_new_process_goes_on(
+    fresh_database: Callable[[str], str], postgres_url: str, mariadb_url: str
+) -> None:
+    """One for all databases, since importing google-adk takes seconds."""
     app_name = f"app_{uuid.uuid4().hex[:16]}"
-    command = [sys.executable, str(Path(__file__)), database_url, app_name]
+    urls = [fresh_database("sqlite"), postgres_url, mariadb_url]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     process = await asyncio.create_subprocess_exec(
-        *command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        *[sys.executable, str(Path(__file__)), app_name, *urls],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     output, errors = await process.communicate()
     assert process.returncode == 0, errors.decode()
+    for url, stored in zip(urls, output.decode().splitlines(), strict=True):
+        await go_on(url, app_name, json.loads(stored))
+
+
+async def go_on(database_url: str, app_name: str, stored: dict[str, Any]) -> None:
     async with Ours(database_url) as service:
         talk = Talk(service, App(name=app_name, root_agent=clerk()))
         found = await talk.stored()
-        assert found.model_dump(mode="json") == json.loads(output)
+        assert found.model_dump(mode="json") == stored
         kept = {key: value for key, value in VALUES.items() if not key.startswith("temp:")}
         said = (
             'remember says {"remembered": ["a", "app:firm", "float", "temp:secret", "user:name"]}'

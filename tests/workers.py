@@ -160,7 +160,7 @@ def faults(record: Record, final: Iterable[Read]) -> list[str]:
             if earlier.session == read.session:
                 found += _faults_of_read(calls, earlier, read)
                 if earlier.fresh:
-                    found += _missing_keys(record.calls, earlier)
+                    found += _faults_of_wider_state(done, earlier)
                     found += _faults_of_counters(record.counts, earlier)
     return found
 
@@ -241,14 +241,17 @@ def _faults_of_read(calls: list[Call], read: Read, final: Read) -> list[str]:
     return found
 
 
-def _missing_keys(calls: list[Call], read: Read) -> list[str]:
-    return [
-        f"a read of {read.session} misses {key}"
-        for call in calls
-        if call.ended < read.began and call.session != read.session
-        for key in call.delta
-        if key not in read.state and _reaches(key, call, read)
-    ]
+def _faults_of_wider_state(calls: list[Call], read: Read) -> list[str]:
+    """What a read has of other sessions' calls: all that reaches it, or nothing yet."""
+    found = []
+    for call in calls:
+        if call.session == read.session:
+            continue
+        keys = [key for key in call.delta if _reaches(key, call, read)]
+        missing = [key for key in keys if key not in read.state]
+        if missing and (call.ended < read.began or len(missing) < len(keys)):
+            found.append(f"a read of {read.session} misses {missing}")
+    return found
 
 
 def _faults_of_counters(counts: list[Count], read: Read, *, final: bool = False) -> list[str]:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 from sqlalchemy import NullPool, QueuePool
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -45,20 +45,43 @@ class Pool:
         self.sync_engine = engine.sync_engine
         self.connector = connector
         self.loop: asyncio.AbstractEventLoop | None = None
-        self._end: AsyncGenerator[None, None] | None = None
+        self._life: AsyncGenerator[None, None] | None = None
+        self._ending: asyncio.Task[None] | None = None
 
     def claim(self, loop: asyncio.AbstractEventLoop, *, owned: bool) -> None:
         """Says that its connections are going to live in the running loop."""
         self.loop = loop
         if owned:
+            for one in list(_open):
+                if one.loop is not None and one.loop.is_closed():
+                    _open.discard(one)
+            _open.add(self)
             # a loop that ends (asyncio.run's, for one) first closes the generators that it has seen
-            self._end = _until_the_end(self.engine, self.connector)
+            self._life = self._live()
             with suppress(StopIteration):
-                self._end.__anext__().send(None)
+                self._life.__anext__().send(None)
+
+    async def _live(self) -> AsyncGenerator[None, None]:
+        try:
+            yield
+        finally:
+            await self.close()
+            _open.discard(self)
+
+    def end(self) -> None:
+        """Closes the connections soon; for the thread of their loop."""
+        if self._life is not None:
+            self._ending = asyncio.ensure_future(self._life.aclose())
 
     async def close(self) -> None:
         """Closes the connections that are idle, in the loop that they belong to."""
-        await _dispose(self.engine, self.connector)
+        closing = asyncio.ensure_future(self.engine.dispose())
+        try:
+            await asyncio.wait([closing], timeout=_GRACE)
+        finally:
+            if self.connector is not None and not closing.done():
+                self.connector.abandon()
+        await closing
 
     @property
     def is_connected(self) -> bool:
@@ -68,27 +91,9 @@ class Pool:
         return not isinstance(pool, NullPool)
 
 
-async def _until_the_end(
-    engine: AsyncEngine, connector: Connector | None
-) -> AsyncGenerator[None, None]:
-    try:
-        yield
-    finally:
-        await _dispose(engine, connector)
-
-
-async def _dispose(engine: AsyncEngine, connector: Connector | None) -> None:
-    closing = asyncio.ensure_future(engine.dispose())
-    try:
-        await asyncio.wait([closing], timeout=_GRACE)
-    finally:
-        if connector is not None and not closing.done():
-            connector.abandon()
-    await closing
-
-
-# Of the processes that this one was forked from.
-_of_the_parent: list[Pool] = []
+# Kept until their loop ends, or the garbage collector would break off what nobody has closed. In a
+# forked child the parent's loops never end.
+_open: set[Pool] = set()
 _all: WeakSet[Pools] = WeakSet()
 
 
@@ -111,6 +116,7 @@ class Pools:
         self._forked = False
         self._lock = threading.Lock()
         _all.add(self)
+        finalize(self, _let_go, self._pools).atexit = False
 
     def here(self) -> Pool:
         """The engine of the running event loop.
@@ -148,7 +154,8 @@ class Pools:
         return pool
 
     def _own(self, loop: asyncio.AbstractEventLoop) -> Pool:
-        self._pools = [one for one in self._pools if one.loop is None or not one.loop.is_closed()]
+        open_loops = [one for one in self._pools if one.loop is None or not one.loop.is_closed()]
+        self._pools[:] = open_loops
         for pool in self._pools:
             if pool.loop is loop:
                 return pool
@@ -187,8 +194,15 @@ class Pools:
         self._forked = True
         self._last = None
         if self._make is not None:
-            _of_the_parent.extend(one for one in self._pools if one.loop is not None)
-            self._pools = [one for one in self._pools if one.loop is None]
+            self._pools[:] = [one for one in self._pools if one.loop is None]
+
+
+def _let_go(pools: list[Pool]) -> None:
+    """Ends the engines of a service that was dropped, each in its loop."""
+    for pool in pools:
+        if pool.loop is not None:
+            with suppress(RuntimeError):  # it is closed
+                pool.loop.call_soon_threadsafe(pool.end)
 
 
 def _forked() -> None:
