@@ -185,8 +185,8 @@ def dump_event(event: BaseModel) -> EventText:
     """An event as google-adk would store it, and its exact form where that loses something.
 
     Raises:
-        InvalidInputError: it is nested deeper than 255 levels, or contains itself; or it stands for
-            an event that could not be read.
+        InvalidInputError: it is nested deeper than 255 levels, or contains itself; a field was
+            assigned what it cannot hold; or it stands for an event that could not be read.
     """
     beside = event.__pydantic_extra__
     if event.__dict__.get("error_code", (beside or {}).get("error_code")) == UNREADABLE:
@@ -195,10 +195,11 @@ def dump_event(event: BaseModel) -> EventText:
             field="event",
         )
     newer = beside is not None and not _allows(event)
+    doubtful = False
     try:
-        text = event.model_dump_json(exclude_none=True)
+        text = event.model_dump_json(exclude_none=True, warnings="error")
     except (PydanticSerializationError, ValueError):
-        pass  # a lone surrogate, or a value without a JSON form
+        doubtful = True  # a lone surrogate, a value without a JSON form or of another type
     else:
         if not newer and not _is_suspect(text):
             return EventText(text, None)
@@ -209,9 +210,11 @@ def dump_event(event: BaseModel) -> EventText:
         return _text_of(value)
 
     try:
-        plain = event.model_dump(exclude_none=True, fallback=_text_of)
+        plain = event.model_dump(exclude_none=True, fallback=_text_of, warnings=False)
         try:
-            tree = event.model_dump(mode="json", exclude_none=True, fallback=as_string)
+            tree = event.model_dump(
+                mode="json", exclude_none=True, fallback=as_string, warnings=False
+            )
         except (UnicodeEncodeError, PydanticSerializationError):
             tree = _jsonable(plain, bytes_mode="base64", serialize_unknown=True)
         true = _restore(tree, plain)
@@ -223,7 +226,21 @@ def dump_event(event: BaseModel) -> EventText:
     if odd:
         name = getattr(event, "id", "")
         logger.warning("event %r: %s without a JSON form; strings are stored", name, odd)
-    return EventText(data, None if data == exact else exact)
+    stored = EventText(data, None if data == exact else exact)
+    if doubtful:
+        _require_readable(type(event), stored)
+    return stored
+
+
+def _require_readable(event_type: type[BaseModel], stored: EventText) -> None:
+    """Refuses what no reader could make an event of: pydantic does not look at assignments."""
+    field = None
+    try:
+        load_event(event_type, *stored)
+    except ValidationError as error:
+        field = ".".join(["event", *map(str, error.errors(include_input=False)[0]["loc"])])
+    if field is not None:
+        raise InvalidInputError(f"{field} has been assigned what it cannot hold", field=field)
 
 
 def load_event(

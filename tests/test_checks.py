@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from adk_sessions import Event, EventActions, InvalidInputError
+from adk_sessions import Event, EventActions, InvalidInputError, SessionService
 from adk_sessions.checks import are_keys, check_event, check_key, check_state, check_timestamp
 
 LAST = datetime(9000, 1, 1, tzinfo=UTC).timestamp()
@@ -119,3 +120,29 @@ def test_an_event_may_have_no_actions() -> None:
     for actions in (None, SimpleNamespace(state_delta=None)):
         event = SimpleNamespace(id="a", invocation_id="", timestamp=1.0, actions=actions)
         check_event(event)
+
+
+@pytest.mark.parametrize("service_type", ["own", "adk"])
+async def test_a_field_that_was_assigned_what_it_cannot_hold_is_refused(
+    service_type: str, tmp_path: Path, app_name: str
+) -> None:
+    """Stored, it would make the session unreadable."""
+    url = f"sqlite:///{tmp_path}/a.db"
+    service: Any = SessionService(url)
+    if service_type == "adk":
+        adk = pytest.importorskip("adk_sessions.adk")
+        service = adk.DatabaseSessionService(url)
+    async with service:
+        session = await service.create_session(app_name=app_name, user_id="ann")
+        event = service.event_type(author="ann")
+        event.author = ["secret"]
+        with pytest.raises(InvalidInputError) as raised:
+            await service.append_event(session, event)
+        assert raised.value.field == "event.author"
+        assert "secret" not in str(raised.value)
+        assert session.events == []
+        # what can be read back is another matter
+        event.author, event.content = "ann", {"parts": [{"text": "hello"}]}
+        await service.append_event(session, event)
+        again = await service.get_session(app_name=app_name, user_id="ann", session_id=session.id)
+        assert len(again.events) == 1

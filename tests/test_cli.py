@@ -301,7 +301,7 @@ def test_the_module_is_the_command() -> None:
         [sys.executable, "-W", "error", "-m", "adk_sessions", "--help"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr
     assert "adk-sessions [OPTIONS] COMMAND" in done.stdout

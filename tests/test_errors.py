@@ -160,7 +160,7 @@ async def deadlock(engine: AsyncEngine, table: str) -> Exception:
             await both.wait()
             await conn.execute(update, {"i": second})
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         results = await asyncio.gather(work(1, 2), work(2, 1), return_exceptions=True)
     [error] = [result for result in results if isinstance(result, Exception)]
     return error

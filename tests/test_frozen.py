@@ -99,7 +99,7 @@ def alembic(*arguments: str, url: str) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,
     )
     assert done.returncode == 0, done.stderr
 

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,7 @@ assert "alembic" not in sys.modules
     await migrate.upgrade(url)
     command = [sys.executable, "-W", "error", "-c", code, url]
     done = await asyncio.to_thread(
-        subprocess.run, command, capture_output=True, text=True, timeout=60
+        subprocess.run, command, capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stderr
 
@@ -397,7 +397,7 @@ def test_a_conversion_that_cannot_be(options: Any) -> None:
 
 async def test_sql_beside_an_upgrade(fresh_database: NewDatabase) -> None:
     url = fresh_database("postgresql")
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         _, script = await asyncio.gather(migrate.upgrade(url), migrate.sql("postgresql"))
     assert "CREATE TABLE sessions" in script
 
@@ -413,6 +413,7 @@ async def test_a_start_that_is_cancelled_twice_disturbs_no_other(
     fresh_database: NewDatabase,
 ) -> None:
     # alembic's context is global: the thread of the first must be done before the second begins
+    cut = 0
     for _ in range(8):
         one, other = (
             SessionService(fresh_database("sqlite")),
@@ -420,17 +421,19 @@ async def test_a_start_that_is_cancelled_twice_disturbs_no_other(
         )
         task = asyncio.create_task(one.prepare_tables())
         await asyncio.sleep(0.01)
-        task.cancel()
+        in_time = task.cancel()  # on a slow machine this one may be late
+        cut += in_time
         await asyncio.sleep(0.001)
         task.cancel()
         await other.prepare_tables()
         await other.validate_schema()
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(asyncio.CancelledError) if in_time else nullcontext():
             await task
         await one.prepare_tables()
         await one.validate_schema()
         await one.close()
         await other.close()
+    assert cut
 
 
 async def test_processes_on_the_generic_path_start_at_once(fresh_database: NewDatabase) -> None:
@@ -448,7 +451,7 @@ asyncio.run(main())
     command = [sys.executable, "-W", "error", "-c", code, url]
     started = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(6)]
     errors = await asyncio.gather(
-        *(asyncio.to_thread(process.communicate, timeout=60) for process in started)
+        *(asyncio.to_thread(process.communicate, timeout=150) for process in started)
     )
     assert [error for _, error in errors] == [""] * 6
 

@@ -157,12 +157,16 @@ async def test_round_trips_on_a_warm_connection(mariadb_url: str, app_name: str,
 async def waiting(
     other: AsyncConnection, another: AsyncConnection, session: Session, what: str, call: Any
 ) -> AsyncIterator[list[str]]:
-    """A call that waits for a row, which is let go at the end: what it holds so far."""
+    """A call that waits for a row, which is let go at the end: what is held so far.
+
+    That is given a while to become all that comes before the row, and then a moment to be more.
+    """
     await lock(other, session, what)
     task = asyncio.create_task(call)
     try:
-        async with asyncio.timeout(20):
-            while not await is_held(another, session, ""):  # noqa: ASYNC110
+        before = {*SCOPES[: SCOPES.index(what)], what}
+        async with asyncio.timeout(40):  # less than InnoDB waits for a lock
+            while not before <= {*await held(another, session)}:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         assert not task.done()
@@ -211,7 +215,7 @@ async def test_only_what_a_delta_names_is_locked(
     for scope in ("app:", "user:"):
         if scope not in mix:
             await lock(other, session, scope)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(40):  # less than InnoDB waits for a lock
         await service.append_event(session, event("1", delta(mix, "k")))
         await service.create_session(
             app_name=session.app_name, user_id="ann", state=delta(mix, "c")

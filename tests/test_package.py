@@ -165,17 +165,18 @@ def test_the_wheels_command_upgrades(
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     environment["ADK_SESSIONS_URL"] = url
     [command] = [*clean_python.parent.glob("adk-sessions"), *clean_python.parent.glob("*ns.exe")]
-    outputs = [
-        run(*start, word, cwd=tmp_path, env=environment).stdout
-        for start in ([command], [clean_python, "-I", "-m", "adk_sessions"])
-        for word in ("upgrade", "check", "current")
-    ]
+    calls: list[list[str | Path]] = [[command, "upgrade"], [command, "check"]]
+    if kind == "sqlite":  # what depends on no database
+        calls += [[command, "current"], [clean_python, "-I", "-m", "adk_sessions", "upgrade"]]
     head = migrate.HEAD
-    checked = [f"The schema is as revision {head} wants it.\n", f"{head} (head)\n"]
-    assert outputs == [
-        *(f"From no revision to {head}.\n", *checked),
-        *(f"At {head} already.\n", *checked),
+    expected = [
+        f"From no revision to {head}.\n",
+        f"The schema is as revision {head} wants it.\n",
+        f"{head} (head)\n",
+        f"At {head} already.\n",
     ]
+    outputs = [run(*call, cwd=tmp_path, env=environment).stdout for call in calls]
+    assert outputs == expected[: len(calls)]
 
 
 def python(code: str, *arguments: str) -> str:

@@ -209,10 +209,10 @@ def fire(*args: Any) -> None:
 @pytest.fixture(autouse=True)
 def nothing_is_executed() -> Iterator[None]:
     """What these pickles call says so here; and reading them takes neither time nor memory."""
-    began, size = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began, size = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
     assert FIRED == []
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - size < 400_000  # KiB
 
 

@@ -683,7 +683,7 @@ async def one_connection(
     if isolation:
         options["isolation_level"] = isolation
     url = place.as_role(place.role)
-    async with engine_for(url, pool_size=1, max_overflow=0, pool_timeout=5, **options) as engine:
+    async with engine_for(url, pool_size=1, max_overflow=0, pool_timeout=30, **options) as engine:
         yield engine
         assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 

@@ -265,7 +265,7 @@ async def test_a_busy_file_is_tried_again_within_the_window(
 
         await count()
         append = asyncio.create_task(patient.append_event(session, Event()))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await failed.wait()
             assert not append.done()
             raw.execute("ROLLBACK")
@@ -602,7 +602,7 @@ async def test_a_cancelled_call_on_an_engine_of_ones_own_gives_its_connection_ba
     tmp_path: Path,
 ) -> None:
     engine = create_async_engine(
-        f"sqlite+aiosqlite:///{tmp_path}/a.db", pool_size=1, max_overflow=0, pool_timeout=5
+        f"sqlite+aiosqlite:///{tmp_path}/a.db", pool_size=1, max_overflow=0, pool_timeout=30
     )
     service = SessionService(engine=engine)
     await service.prepare_tables()

@@ -104,7 +104,7 @@ async def held(
 
     async def waiting(count: int) -> None:
         lane: Any = service._database._writer  # type: ignore[attr-defined]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while lane._worker._calls.qsize() < count:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
 
@@ -467,7 +467,7 @@ def test_what_a_killed_process_has_acknowledged_is_stored(path: Path, lines: int
 
 def test_two_processes_with_groups_lose_nothing(path: Path) -> None:
     with storm(path, "one", 8, 25) as one, storm(path, "two", 8, 25) as two:
-        lines = one.communicate(timeout=60)[0] + two.communicate(timeout=60)[0]
+        lines = one.communicate(timeout=150)[0] + two.communicate(timeout=150)[0]
     assert (one.returncode, two.returncode) == (0, 0)
     acknowledged = set(lines.splitlines())
     assert len(acknowledged) == 400
@@ -518,7 +518,7 @@ async def test_no_thread_stays_of_a_service_that_is_gone(path: Path, close: bool
     del service
     gc.collect()
     for thread in mine:
-        await asyncio.to_thread(thread.join, 10)
+        await asyncio.to_thread(thread.join, 30)
         assert not thread.is_alive()
 
 
@@ -526,7 +526,7 @@ async def test_a_call_after_close_has_a_new_thread(service: SessionService) -> N
     async with held(service) as waiting:
         closing_ = asyncio.create_task(service.close())
         create = asyncio.create_task(service.create_session(app_name="a", user_id="u"))
-        await asyncio.wait_for(create, 10)  # does not wait for what the old thread does
+        await asyncio.wait_for(create, 30)  # does not wait for what the old thread does
         assert not closing_.done()
         del waiting
     await closing_

@@ -313,7 +313,7 @@ async def test_a_killed_import_is_repeated(
     child = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", textwrap.dedent(program), url, str(source)],
-        timeout=60,
+        timeout=150,
     )
     assert child.returncode == -signal.SIGKILL
     async with SessionService(url) as service:
@@ -394,7 +394,7 @@ async def test_a_file_that_a_killed_process_left(
         os.kill(os.getpid(), signal.SIGKILL)
     """
     command = [sys.executable, "-c", textwrap.dedent(program), str(source), mode]
-    child = await asyncio.to_thread(subprocess.run, command, timeout=60)
+    child = await asyncio.to_thread(subprocess.run, command, timeout=150)
     assert child.returncode == -signal.SIGKILL
     if mode == "WAL":
         assert Path(f"{source}-wal").stat().st_size > 100_000

@@ -486,13 +486,18 @@ class Worker:
             await self.service.delete_session(app, user, id)
         return appended
 
-    async def watch(self, app: str, user: str, id: str, reads: int, stop: str) -> dict[str, Any]:
-        """Read what `count` writes; the reads that were torn, and how many moments were seen."""
+    async def watch(
+        self, app: str, user: str, id: str, reads: int, least: int, stop: str
+    ) -> dict[str, Any]:
+        """Read what `count` writes; the reads that were torn, and how many moments were seen.
+
+        It reads so many times, and then on until it has seen at least so many moments.
+        """
         torn: list[Any] = []
         moments = 0
         last: Any = None
         try:
-            while reads:
+            while reads > 0 or moments < least:
                 session = await self.service.get_session(app_name=app, user_id=user, session_id=id)
                 if session is None:
                     continue

@@ -26,6 +26,7 @@ from sqlalchemy import (
     Table,
     Text,
     bindparam,
+    case,
     cast,
     delete,
     func,
@@ -166,10 +167,12 @@ class PostgreSQL(JsonbColumns):
 
     def _since(self) -> list[ColumnElement[bool]]:
         event = self.tables.events.c
-        own_time = type_coerce(event.event_data, JSONB())["timestamp"].astext
+        own = type_coerce(event.event_data, JSONB())["timestamp"]
+        # a damaged event is not to keep the others from being read
+        own_time = case((func.jsonb_typeof(own) == "number", cast(own.astext, Float(53))))
         return [
             *super()._since(),
-            func.coalesce(cast(own_time, Float(53)), func.extract("epoch", event.timestamp))
+            func.coalesce(own_time, func.extract("epoch", event.timestamp))
             >= bindparam("k_epoch", type_=Float(53)),
         ]
 

@@ -48,7 +48,7 @@ from .lanes import Kind, Lane, execute, is_ours, transaction
 from .prepared import Compiled
 from .reads import Tables
 from .rows import Deltas, Key, NewEvent, Revisions
-from .types import Timestamp
+from .types import Timestamp, moment_of
 
 T = TypeVar("T")
 
@@ -62,7 +62,6 @@ _LOCK_WAIT = 200
 _LARGE = 16_384
 
 _DIALECT = pysqlite.dialect()
-_moment: Any = Timestamp().result_processor(_DIALECT, None)
 
 
 class _Prepared:
@@ -92,9 +91,7 @@ class _Prepared:
             rows = [list(row) for row in rows]
             for at in self._times:
                 for row in rows:
-                    if row[at] is not None:
-                        text = row[at].__class__ is str
-                        row[at] = datetime.fromisoformat(row[at]) if text else _moment(row[at])
+                    row[at] = moment_of(row[at])
         return rows
 
 

@@ -11,6 +11,7 @@ from sqlalchemy.dialects import mssql, mysql, postgresql
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from .. import codec
+from ..clock import EPOCH
 
 MYSQL_FAMILY = ("mysql", "mariadb")
 
@@ -60,19 +61,25 @@ class Timestamp(TypeDecorator[datetime]):
     def result_processor(
         self, dialect: Dialect, coltype: object
     ) -> Callable[[Any], datetime | None] | None:
+        if dialect.name == "sqlite":
+            return moment_of
         convert = self.load_dialect_impl(dialect).result_processor(dialect, coltype)
-        if dialect.name != "sqlite":
-            return cast("Callable[[Any], datetime | None] | None", convert)
+        return cast("Callable[[Any], datetime | None] | None", convert)
 
-        def process(value: Any) -> datetime | None:
-            # whatever was written is kept: a raw epoch number must not break reading
-            if isinstance(value, int | float):
-                return datetime.fromtimestamp(value, UTC).replace(tzinfo=None)
-            if value is not None and convert is not None:
-                value = convert(value)
-            return value  # type: ignore[no-any-return]
 
-        return process
+def moment_of(value: Any) -> datetime | None:
+    """What SQLite gives back for a time, whatever was written: nothing there may break reading.
+
+    google-adk has left raw epoch numbers. What is no time at all is the earliest one.
+    """
+    try:
+        if isinstance(value, str):
+            return datetime.fromisoformat(value).replace(tzinfo=None)
+        if isinstance(value, int | float):
+            return datetime.fromtimestamp(value, UTC).replace(tzinfo=None)
+    except (ValueError, OverflowError, OSError):
+        return EPOCH
+    return None if value is None else EPOCH
 
 
 class KeyText(TypeDecorator[str]):

@@ -2,7 +2,8 @@
 
     with Crew(3, script=checker.__file__) as crew:
         crew.open(url)
-        records = Record.of(crew.run("lists", [{"writers": {"a": "refresh", "b": "raise"}, ...}]))
+        writers = {"a": {"on_stale": "refresh", "offset": 0}, ...}
+        record = Record.of(crew.run("lists", [{"writers": writers, ...}, ...]))
 
 Each append has a value of its own, its event's id, for the session's list, and sets a key of its
 own in each scope; after each the writer counts in keys that all writers share. `WithoutLocks` is a
@@ -44,7 +45,6 @@ from adk_sessions import (
 from adk_sessions import clock as clocks
 from adk_sessions import state as states
 
-DAY = 86_400.0
 COUNTERS = ("app:n", "user:n", "n")
 # Of so many appends one is of two events.
 BATCHES = 4
@@ -67,19 +67,19 @@ async def write_lists(
     sessions: list[str],
     appends: int,
     on_stale: Literal["raise", "refresh"],
+    offset: float,
 ) -> Record:
     """Append to sessions that others append to as well, and count each append.
-
-    A writer's clock is right, or a day behind or ahead.
 
     Args:
         on_stale: with ``refresh`` no append may be refused; with ``raise`` the writer reloads, and
             appends another event in place of the refused one.
+        offset: of the writer's clock, in seconds.
     """
     record = Record()
     held: dict[str, Session] = {}
     choose = random.Random(writer)
-    now = clock(choose.choice((0.0, -DAY, DAY)))
+    now = clock(offset)
     for n in range(appends):
         id = choose.choice(sessions)
         for attempt in itertools.count():
@@ -156,25 +156,19 @@ class Lists(Worker):
         self,
         app: str,
         user: str,
-        writers: dict[str, str],
+        writers: dict[str, dict[str, Any]],
         sessions: list[str],
         appends: int,
     ) -> dict[str, Any]:
-        """What several writers, by name and `on_stale`, and one reader did and saw."""
+        """What several writers, by name and their own arguments, and one reader did and saw."""
         done = asyncio.Event()
         place: dict[str, Any] = {"app": app, "user": user, "sessions": sessions}
         reader = asyncio.create_task(read_lists(self.service, **place, until=done))
         try:
             records = await asyncio.gather(
                 *(
-                    write_lists(
-                        self.service,
-                        **place,
-                        writer=name,
-                        appends=appends,
-                        on_stale=on_stale,
-                    )
-                    for name, on_stale in writers.items()
+                    write_lists(self.service, **place, writer=name, appends=appends, **own)
+                    for name, own in writers.items()
                 )
             )
         finally:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from servers import (
     _find_program,
 )
 from sqlalchemy import URL
-from workers import work
+from workers import Record, work
 
 from adk_sessions import SessionService
 from adk_sessions.dialects.faults import Undecided, code_of
@@ -257,6 +257,17 @@ class OnNode(checker.Lists):
     async def open(self, url: str, **options: Any) -> None:
         await super().open(url, **options)
         self.codes = codes_of(self.service)
+
+    async def lists_until(
+        self, stop: str, writers: dict[str, dict[str, Any]], **place: Any
+    ) -> dict[str, Any]:
+        """`lists` again and again, until there is a file of that name."""
+        records: list[Any] = []
+        while not Path(stop).exists():
+            # no two writers have one name
+            named = {f"{name}-{len(records)}": own for name, own in writers.items()}
+            records.append(await self.lists(**place, writers=named, appends=4))
+        return asdict(Record.of(records))
 
     async def numbers(self) -> list[Any]:
         """Of the errors that were met, one for each time."""

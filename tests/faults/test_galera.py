@@ -1,4 +1,4 @@
-"""Three MariaDB nodes that replicate to each other, with writers on all of them.
+"""Three MariaDB nodes that replicate to each other with Galera, and writers on all of them.
 
 Galera knows no locks across nodes: of transactions on two nodes that write the same row one fails
 at its COMMIT, as a deadlock. And a node may be behind: what another one has acknowledged is seen
@@ -35,8 +35,16 @@ DATABASE = "agents"
 WAITING: dict[str, Any] = {"connect_args": {"init_command": "SET SESSION wsrep_sync_wait = 1"}}
 DEADLOCK, NOT_READY = 1213, 1047
 NODES = 3
+DAY = 86_400.0
 SESSIONS = 3
-WRITERS = [{f"p{n}-refresh": "refresh", f"p{n}-raise": "raise"} for n in range(NODES)]
+# Of each process, with their clocks; see checker.py.
+WRITERS = [
+    {
+        f"p{n}-a": {"on_stale": "refresh", "offset": offset},
+        f"p{n}-b": {"on_stale": "raise", "offset": 0.0},
+    }
+    for n, offset in enumerate((0.0, -DAY, DAY))
+]
 APPENDS = 40 if SOAK else 8  # of each writer, where nothing fails
 # Nodes fail again and again for so many seconds; once is enough for `make test`.
 SECONDS = 400.0 if SOAK else 0.0
@@ -83,10 +91,12 @@ class Cluster:
             ]
         return [session.id for session in made]
 
-    def jobs(self, app: str, sessions: list[str], **more: Any) -> list[tuple[str, dict[str, Any]]]:
+    def jobs(
+        self, job: str, app: str, sessions: list[str], **more: Any
+    ) -> list[tuple[str, dict[str, Any]]]:
         """One for each process: writers of both kinds and a reader, on the same sessions."""
         place = {"app": app, "user": "ann", "sessions": sessions}
-        return [("lists", {**place, "writers": writers, **more}) for writers in WRITERS]
+        return [(job, {**place, "writers": writers, **more}) for writers in WRITERS]
 
     def met(self) -> Counter[Any]:
         """The numbers of the errors that the processes have met since they were opened."""
@@ -175,7 +185,7 @@ async def _writers_on_all_nodes_lose_nothing(cluster: Cluster, app: str) -> None
     sessions = await cluster.sessions(app)
     places = [{"url": cluster.url(n), **WAITING} for n in range(NODES)]
     cluster.crew.run("open", places)
-    jobs = cluster.jobs(app, sessions, appends=APPENDS)
+    jobs = cluster.jobs("lists", app, sessions, appends=APPENDS)
     replies = await asyncio.to_thread(cluster.crew.run_all, jobs, patience=LONGEST)
     met = cluster.met()
     cluster.crew.close()
@@ -208,12 +218,10 @@ async def _nodes_fail_under_writers(cluster: Cluster, app: str, dead: int, stop:
     ):
         one = await waiting.create_session(app_name=f"{app}-one", user_id="ann")
         calls = [_refused(service, one) for service in pinned]
-        jobs = cluster.jobs(app, sessions, appends=0, stop=str(stop))
-        writers = asyncio.ensure_future(
-            asyncio.to_thread(
-                cluster.crew.run_all, jobs, patience=LONGEST
-            )  # raises what a caller saw
-        )
+        jobs = cluster.jobs("lists_until", app, sessions, stop=str(stop))
+        # raises what a caller saw
+        writing = asyncio.to_thread(cluster.crew.run_all, jobs, patience=LONGEST)
+        writers = asyncio.ensure_future(writing)
         try:
             await cluster.progress(last, writers)
             nodes[dead].freeze()

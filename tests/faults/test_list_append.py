@@ -29,10 +29,12 @@ APPENDS = 12  # of each writer, in one round
 ROUNDS = 2
 # More rounds follow for so many seconds on each database.
 SECONDS = 30.0 if SOAK else 0.0
+DAY = 86_400.0
+# Of each process, by name: what to do when stale, and how far off the clock is.
 WRITERS = [
-    {"p0-a": "refresh", "p0-b": "refresh"},
-    {"p1-a": "refresh", "p1-b": "raise"},
-    {"p2-a": "refresh", "p2-b": "raise"},
+    {"p0-a": ("refresh", 0.0), "p0-b": ("refresh", -DAY)},
+    {"p1-a": ("refresh", DAY), "p1-b": ("raise", 0.0)},
+    {"p2-a": ("refresh", 0.0), "p2-b": ("raise", DAY)},
 ]
 
 
@@ -66,7 +68,10 @@ async def _round(
         {
             "app": app,
             "user": "ann",
-            "writers": writers,
+            "writers": {
+                name: {"on_stale": on_stale, "offset": offset}
+                for name, (on_stale, offset) in writers.items()
+            },
             "sessions": [session.id for session in made],
             "appends": APPENDS,
         }

@@ -200,6 +200,7 @@ async def test_a_database_that_may_only_be_read(
         await service.append_event(session, event("first", in_each_scope("k")))
         assert await stored(patient, session) == session
         switch(True)
+        assert await stored(service, session) == session  # on a new connection, if need be
         await stores_nothing(service, session, code, hint, retryable=True)
         async with SessionService(url) as new:
             assert await stored(new, session) == session
@@ -371,10 +372,10 @@ asyncio.run(main(sys.argv[1:]))
 """
 
 NO_ROUTE = {
-    f"postgresql://ann:{SECRET}@203.0.113.1/x": "(OSError): there is no way to the server",
-    f"mysql://ann:{SECRET}@203.0.113.1/x": "(OperationalError, 2003): no server answers there",
-    f"postgresql://ann:{SECRET}@db.invalid/x": "(gaierror): the host's name has no address",
-    f"mysql://ann:{SECRET}@db.invalid/x": "(OperationalError, 2003): no server answers there",
+    f"postgresql://ann:{SECRET}@203.0.113.1/x": "there is no way to the server",
+    f"mysql://ann:{SECRET}@203.0.113.1/x": "2003",
+    f"postgresql://ann:{SECRET}@db.invalid/x": "the host's name has no address",
+    f"mysql://ann:{SECRET}@db.invalid/x": "2003",
 }
 
 
@@ -389,7 +390,9 @@ def test_no_route() -> None:
     assert SECRET not in printed.stdout
     lines = printed.stdout.splitlines()
     for line, hint in zip(lines, NO_ROUTE.values(), strict=True):
-        assert line.startswith(f"DatabaseError The connection to the database failed {hint}")
+        assert line.startswith("DatabaseError The connection to the database failed (")
+        assert hint in line
+        assert "check" in line
 
 
 # --- a server that is silent or slow -----------------------------------------------------------
