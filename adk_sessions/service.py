@@ -399,7 +399,7 @@ class Store(Appends[S, E]):
         return self._session(key, found.states, found.update_time, events)
 
     async def list_sessions(self, *, app_name: str, user_id: str | None = None) -> Any:
-        """Lists sessions with their merged state and without events.
+        """Lists sessions with their merged state and no events, from a replica if there is one.
 
         Args:
             app_name: the application.

@@ -428,6 +428,27 @@ async def test_lists_come_from_the_replica_and_sessions_only_when_asked(
 
 
 @every_server
+async def test_google_adks_class_reads_from_the_replica_too(
+    kind: str, two_databases: tuple[str, str], app_name: str
+) -> None:
+    pytest.importorskip("google.adk")
+    from adk_sessions.adk import DatabaseSessionService
+
+    primary, replica = two_databases
+    async with filled(primary, app_name, "new"), filled(replica, app_name, "old"):
+        engine, read_engine = create_engine(primary), create_engine(replica)
+        for service in (
+            DatabaseSessionService(primary, read_url=replica, statement_timeout=20),
+            DatabaseSessionService(db_engine=engine, read_engine=read_engine, pool_size=3),
+        ):
+            async with service:
+                assert ids_of(await service.list_sessions(app_name=app_name)) == {"old"}
+                await load(service, app_name, "ann", "new")  # type: ignore[arg-type]
+        await engine.dispose()
+        await read_engine.dispose()
+
+
+@every_server
 async def test_without_its_replica_a_service_reads_from_the_primary(
     kind: str,
     two_databases: tuple[str, str],
