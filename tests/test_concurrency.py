@@ -21,6 +21,7 @@ from workers import (
     Call,
     Read,
     Record,
+    errors_of,
     event,
     faults,
     fill,
@@ -227,7 +228,7 @@ async def test_a_deadlock_that_others_cause_is_repeated(
     options = BACKENDS[backend][1] | ({} if repeats else {"retry_window": 0})
     async with SessionService(url, **options) as service:
         session = await service.create_session(app_name=app_name, user_id="ann")
-        met = _errors_of(service)
+        met = errors_of(service)
         lock_app = "SELECT 1 FROM app_states WHERE app_name = $1 FOR UPDATE"
         lock_session = "SELECT 1 FROM sessions WHERE app_name = $1 FOR UPDATE"
         holder, other = await asyncpg.connect(url), await asyncpg.connect(url)
@@ -281,7 +282,7 @@ async def test_a_wait_for_a_lock_that_took_too_long_is_repeated(
     )
     try:
         session = await service.create_session(app_name=app_name, user_id="ann")
-        met = _errors_of(service)
+        met = errors_of(service)
         async with engine.connect() as holder:
             lock = text("SELECT 1 FROM sessions WHERE app_name = :app FOR UPDATE")
             await holder.execute(lock, {"app": app_name})
@@ -317,23 +318,6 @@ async def _waiting(watcher: Any, number: int) -> None:
         if await watcher.fetchval(query) >= number:
             return
         await asyncio.sleep(0.005)
-
-
-def _errors_of(service: SessionService) -> list[str]:
-    """The drivers' errors, by the names of their classes, that the service will meet."""
-    met: list[str] = []
-    run = service._database.run
-
-    async def watched(*args: Any, **options: Any) -> Any:
-        try:
-            return await run(*args, **options)
-        except Exception as error:
-            original = getattr(error, "orig", None)
-            met.append(type(getattr(original, "__cause__", None) or original or error).__name__)
-            raise
-
-    service._database.run = watched  # type: ignore[method-assign]
-    return met
 
 
 # --- cancellation ------------------------------------------------------------------------------

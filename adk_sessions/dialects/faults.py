@@ -119,7 +119,7 @@ _NAME_HINTS = {
     "SSLCertVerificationError": "the server's certificate cannot be trusted; check sslrootcert",
     "OSError": "there is no way to the server; check host and port",
     "TimeoutError": "no answer in time; check host and port, and the way there",
-    "FileNotFoundError": "the folder of the file cannot be made",
+    "FileNotFoundError": "there is no such socket, as while a server restarts, or no such folder",
     "PermissionError": "the file or its folder may not be written",
     "NotADirectoryError": "the folder of the file cannot be made",
     "TargetServerAttributeNotMatched": "no host is what target_session_attrs asks for",
@@ -132,7 +132,7 @@ def classify(error: BaseException) -> Fault:
         return Fault.CONFLICT
     if isinstance(error, PoolTimeoutError):
         return Fault.FATAL  # has waited for pool_timeout already
-    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError):
+    if isinstance(error, PermissionError | NotADirectoryError):
         return Fault.FATAL
     if isinstance(error, OSError | TimeoutError):
         return Fault.LOST

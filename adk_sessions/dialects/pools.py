@@ -26,8 +26,8 @@ _GRACE = 2.0
 _ELSEWHERE = (
     "The engine has connections that belong to another event loop, or to the process that this one"
     " was forked from. Give the service a URL: it then keeps connections for each loop and each"
-    " process. Or make the engine with poolclass=NullPool; or await engine.dispose() in the one"
-    " loop before the next begins, in a forked child engine.sync_engine.dispose(close=False)."
+    " process. Or make the engine with poolclass=NullPool; or await engine.dispose() before another"
+    " loop begins or the process forks; or make an engine and a service for each."
 )
 
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import pytest
 import test_faults
 from conftest import _or_skip
-from servers import MariaDB, Postgres, run_mariadb, unique_name
+from servers import MariaDB, Postgres, run_mariadb, run_postgres, unique_name
 from sqlalchemy import make_url, text
 from test_faults import SECRET, Line, assert_clean
 from workers import errors_of, event, in_each_scope, seen
@@ -508,3 +508,22 @@ async def test_a_server_that_is_slow_for_a_while(line: Line) -> None:
         await append
         assert seen(session).events == ["event-0", "slow"]
         await line.assert_equal(session)
+
+
+async def test_a_socket_that_is_gone_while_the_server_restarts(app_name: str) -> None:
+    with _or_skip() as stack:
+        server = stack.enter_context(run_postgres())
+        assert server.child is not None
+        place = f"host={server.child.directory}&port={server.port}"
+        async with SessionService(f"postgresql://postgres@/postgres?{place}") as service:
+            session = await service.create_session(app_name=app_name, user_id="ann")
+            met = errors_of(service)
+            server.stop()
+            append = asyncio.create_task(service.append_event(session, event("e", {})))
+            async with asyncio.timeout(30):
+                while "FileNotFoundError" not in met:
+                    assert not append.done()
+                    await asyncio.sleep(0.01)
+            await asyncio.to_thread(server.start)
+            await append
+            assert await stored(service, session) == session
