@@ -162,3 +162,14 @@ def test_every_target_that_is_named_exists() -> None:
     named = set(re.findall(r"(?:`|^ +)make ([a-z-]+)", README, re.MULTILINE))
     assert named <= targets
     assert {"demo", "test"} <= named
+
+
+def test_what_is_promised_names_tests_that_there_are() -> None:
+    promised = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
+    assert len(promised) > 20
+    missing = [
+        f"{file}::{name}"
+        for file, name in promised
+        if f"def {name}(" not in (ROOT / file).read_text()
+    ]
+    assert missing == []
