@@ -110,6 +110,8 @@ class Binding(Generic[S, E]):
 
     def _catch_up(self, session: S, events: Sequence[E], found: Snapshot, since: datetime) -> None:
         """Brings what a session has missed into it: events after its revision, and the state."""
+        if found.create_time > since:  # deleted, and made anew
+            session.events.clear()
         known = {known.id for known in session.events}
         missed = [row for row in found.events if row.timestamp > since and row.id not in known]
         own = {event.id: event for event in events}

@@ -300,7 +300,7 @@ async def examine(
             where = names(**place)
             click.echo(
                 f"Mend the schema with: {adoption.command('upgrade', where)}. If that has nothing"
-                f" to do, then with {adoption.command('stamp base', where)} before it."
+                f" to do, run {adoption.command('stamp base', where)} first, and then it again."
                 + (" Only then is anything repaired." if repair else "")
             )
     if not report.healthy:

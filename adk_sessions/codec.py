@@ -139,7 +139,9 @@ def _object(text: str) -> dict[str, Any]:
         except ValueError:
             state = text  # the error itself would carry it
     if not isinstance(state or {}, dict):
-        raise DatabaseError("A stored state is not a JSON object.")
+        raise DatabaseError(
+            "A stored state is not a JSON object; adk-sessions doctor lists all such states."
+        )
     return state or {}
 
 

@@ -51,7 +51,6 @@ Kind = Literal[
 FAULTS: dict[Kind, str] = {
     "orphans": "events without a session",
     "unreadable": "events and states that cannot be read",
-    "ties": "events with the time of the one before, in the order of their ids",
     "behind": "sessions with an update_time before their newest event",
     "no_app_state": "apps without a row for their state",
     "no_user_state": "users without a row for their state",
@@ -59,9 +58,10 @@ FAULTS: dict[Kind, str] = {
 }
 #: what need not be wrong
 NOTES: dict[Kind, str] = {
+    "ties": "events with the time of the one before, in the order of their ids",
     "recent_calls": "function calls without a response, that may still be running",
     "long_running_calls": "long-running function calls without a response",
-    "state_differs": "sessions with a state that differs from what their events have set",
+    "state_differs": "sessions with a state of their own that differs from what their events set",
 }
 
 #: seconds without a new event, after which nobody is taken to work on a session any more
@@ -197,7 +197,7 @@ async def examine(
             "Examine without row_level_security, as a role that the policies do not bind."
         )
     if service._database.is_missing():  # and a connection would make it
-        return Report(schema=["there is no such file"])
+        return Report(schema=["there is no such file: check the URL"])
     since = clock.to_datetime(service._now() - idle)
 
     def work(conn: Connection) -> Report:
@@ -458,7 +458,10 @@ async def repair(service: Store[Any, Any], report: Report) -> Repairs:
         DatabaseError: the database failed. What was done before stays, and may be done again.
     """
     if report.schema:
-        raise SchemaError("The schema must be mended first: run adk-sessions upgrade.")
+        raise SchemaError(
+            "The schema must be mended first: run adk-sessions upgrade, and if that has nothing to"
+            " do, adk-sessions stamp base before it."
+        )
     done = Repairs()
     tables = service.models
     for row in report.found["no_app_state"].rows:

@@ -80,7 +80,7 @@ class SessionNotFoundError(SessionStoreError, ValueError):
 
 
 class StaleSessionError(SessionStoreError, ValueError):
-    """The session has been modified in storage since it was loaded, or was not loaded from there. Reload it with get_session and append again."""  # noqa: E501
+    """The session has been modified in storage since it was loaded, or was not loaded from there. Reload it with get_session and append again, or append with on_stale='refresh' where nothing hangs on what was missed."""  # noqa: E501
 
 
 class EventConflictError(SessionStoreError):

@@ -41,16 +41,17 @@ class Attempt:
 class Retry:
     """Repeats calls that met a passing fault, with exponential backoff and jitter.
 
-    Until one call has succeeded, only conflicts are repeated: a server that was never reached is
+    Until there was a connection, only conflicts are repeated: a server that was never reached is
     more likely misconfigured than restarting.
 
     Args:
         window: seconds in which a call may be repeated; 0 never repeats.
+        reached: says whether there was a connection.
     """
 
-    def __init__(self, window: float = WINDOW) -> None:
+    def __init__(self, window: float = WINDOW, reached: Callable[[], bool] = lambda: False) -> None:
         self.window = window
-        self._reached = False
+        self._reached = reached
 
     async def __call__(
         self,
@@ -79,22 +80,23 @@ class Retry:
             except SessionStoreError:
                 raise
             except Undecided as undecided:
-                fault, failure = Fault.FATAL, translate(undecided.error, unknown=True, once=True)
+                fault, reached = Fault.FATAL, True
+                failure = translate(undecided.error, unknown=True, once=True)
             except Exception as error:
                 fault = classify(error)
                 if fault is Fault.TAKEN or not is_database_error(error):
                     raise
                 # an earlier try may have written though this one never got as far
                 attempt.lost = attempt.lost or fault is Fault.LOST
-                failure = translate(error, unknown=write and self._reached and attempt.lost)
+                reached = self._reached()
+                failure = translate(error, unknown=write and reached and attempt.lost)
             else:
-                self._reached = True
                 return result
             # raised here and not where it was caught, so the driver's error is not in its chain
             pause = delay * random.uniform(0.5, 1.5)
             if (
                 fault is Fault.FATAL
-                or not (self._reached or fault is Fault.CONFLICT)
+                or not (reached or fault is Fault.CONFLICT)
                 or time.monotonic() + pause >= deadline
             ):
                 raise failure

@@ -183,7 +183,7 @@ class Store(Appends[S, E]):
         self._on_bad_event = on_bad_event
         self._warned = set()
         self._isolated = row_level_security
-        self._retry = Retry(retry_window)
+        self._retry = Retry(retry_window, lambda: self._database.reached)
         self._turns = Turns()
         if lean_validation:
             self._validate_json = Lean(self.event_type, self.lean_rules)
@@ -318,6 +318,7 @@ class Store(Appends[S, E]):
 
         Raises:
             AlreadyExistsError: the user has a session with this id.
+            OutcomeUnknownError: it may be stored; repeat it with the same id.
             InvalidInputError: an argument cannot be stored; nothing was written.
         """
         session_id = self._new_id() if session_id is None else session_id
@@ -513,8 +514,8 @@ class Store(Appends[S, E]):
         Raises:
             InvalidInputError: a key is ``temp:``, is there twice or lacks the id that it needs; an
                 amount, or the value it is to be added to, is not a number. Nothing was written.
-            SessionNotFoundError: there is no such session.
-            OutcomeUnknownError: the connection broke at the commit.
+            SessionNotFoundError: there is no such session, and a key without prefix needs it.
+            OutcomeUnknownError: the connection broke at the commit; read the state to find out.
         """
         wanted = changes.changes(delta, add, delete)
         if session_id is not None and user_id is None:
@@ -572,6 +573,7 @@ class Store(Appends[S, E]):
             StaleSessionError: somebody else has appended since ``session`` was read. Nothing was
                 stored, ``session`` and ``event`` are as they were.
             UnreadableEventError: an event that lies between cannot be read; ``event`` is stored.
+            OutcomeUnknownError: it may be stored; repeat it with the same event.
             EventConflictError: the session has an event with this id and other content; its
                 timestamp counts.
             InvalidInputError: a field cannot be stored; nothing was written.
@@ -602,7 +604,7 @@ class Store(Appends[S, E]):
             The events as a list, the partial ones too.
 
         Raises:
-            SessionNotFoundError, StaleSessionError: as `append_event`.
+            SessionNotFoundError, StaleSessionError, OutcomeUnknownError: as `append_event`.
             EventConflictError: some of the events are stored already, or one of the ids with other
                 content. Nothing was stored.
             InvalidInputError: a field cannot be stored, an id is there twice, or there are too many

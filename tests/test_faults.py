@@ -340,6 +340,19 @@ async def test_nobody_notices_that_pooled_connections_have_died(line: Line) -> N
     )
 
 
+# asyncmy's first words on a connection hold the marker of a commit
+@at([where for where in ANYWHERE if where != ("mariadb", "commit")])
+async def test_the_first_call_of_a_service_is_repeated_too(
+    behind: Callable[..., Awaitable[Line]], place: str
+) -> None:
+    line = await behind(migrate="off")  # so it has not said a word yet
+    session = await line.direct.create_session(app_name=line.app, user_id="ann")
+    line.proxy.cut(marker(place, "event-1"), lose="reply")
+    await line.service.append_event(session, event("event-1", in_each_scope("k1")))
+    assert line.proxy.fired == 1
+    await line.assert_equal(session)
+
+
 # --- errors ------------------------------------------------------------------------------------
 
 SECRET = "hush-hush"

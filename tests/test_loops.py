@@ -216,6 +216,22 @@ def test_a_dropped_service_closes_its_connections(kind: str, fresh_database: New
 
 
 @every_server
+async def test_a_dropped_service_leaves_an_engine_open(
+    kind: str, fresh_database: NewDatabase
+) -> None:
+    async with engine_for(fresh_database(kind), pool_size=1) as engine:
+        service = SessionService(engine=engine)
+        await service.ping()
+        before = await ask(engine, OWN[kind])
+        there = weakref.ref(service)
+        del service
+        gc.collect()
+        assert there() is None
+        await asyncio.sleep(0.05)  # for what must not happen
+        assert await ask(engine, OWN[kind]) == before
+
+
+@every_server
 def test_an_engine_with_connections_of_another_loop_is_refused(
     kind: str, fresh_database: NewDatabase, app_name: str
 ) -> None:

@@ -72,9 +72,7 @@ def failing(*codes: str, then: Any = "done") -> Callable[[], Awaitable[Any]]:
 
 
 async def reached(window: float = 30.0) -> Retry:
-    retry = Retry(window)
-    assert await retry(failing(), write=False) == "done"
-    return retry
+    return Retry(window, lambda: True)
 
 
 async def raised(retry: Retry, call: Callable[[], Awaitable[Any]], *, write: bool) -> DatabaseError:

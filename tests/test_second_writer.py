@@ -253,6 +253,19 @@ async def test_a_deleted_session_is_not_found(service: SessionService, session: 
     assert mine.events == []
 
 
+async def test_a_session_that_was_deleted_and_made_anew(
+    service: SessionService, session: Session
+) -> None:
+    old = await stored(service, session)
+    await service.append_event(old, event("a", {"gone": 1}))
+    await service.delete_session(session.app_name, "ann", "s")
+    new = await service.create_session(app_name=session.app_name, user_id="ann", session_id="s")
+    await service.append_event(new, event("b", {"n": 1}))
+    await service.append_event(old, event("c", {}))
+    assert ids(old) == ["b", "c"]
+    await equal(service, old)
+
+
 async def test_other_words_are_refused(tmp_path: Any, app_name: str) -> None:
     with pytest.raises(ConfigurationError, match="on_stale"):
         SessionService("sqlite://", on_stale="ignore")  # type: ignore[arg-type]

@@ -86,6 +86,8 @@ class Database(Protocol):
 
     #: a pooler stands between that may give each transaction another connection
     behind_pooler: bool
+    #: it has been connected to
+    reached: bool
 
     @property
     def engine(self) -> AsyncEngine:

@@ -30,13 +30,19 @@ PAGE = 500
 def unchanging(conn: Connection, statements: Generic) -> Iterator[None]:
     """A transaction that reads: every statement sees the same moment, and none can write.
 
+    On databases that are not known here it is their default one, which is rolled back.
+
     Args:
         conn: of `Database.submit`, in no transaction.
         statements: those of its database.
     """
     if isinstance(statements, SQLite):
-        with statements.transaction(conn, write=False):
-            yield
+        conn.exec_driver_sql("PRAGMA query_only = ON")
+        try:
+            with statements.transaction(conn, write=False):
+                yield
+        finally:
+            conn.exec_driver_sql("PRAGMA query_only = OFF")
         return
     if conn.dialect.name == "postgresql":
         conn.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)

@@ -122,7 +122,9 @@ _NAME_HINTS = {
     "FileNotFoundError": "there is no such socket, as while a server restarts, or no such folder",
     "PermissionError": "the file or its folder may not be written",
     "NotADirectoryError": "the folder of the file cannot be made",
-    "TargetServerAttributeNotMatched": "no host is what target_session_attrs asks for",
+    "TargetServerAttributeNotMatched": (
+        "no host can be written to, or is what target_session_attrs asks for"
+    ),
 }
 
 

@@ -75,7 +75,7 @@ class Connector:
         self._connect = connect or importlib.import_module(driver).connect
         self._made: WeakSet[Any] = WeakSet()
         self._starting: dict[int, asyncio.TimerHandle] = {}
-        #: what a call is using at the moment, if its time is limited
+        #: what a call is using at the moment
         self.busy: set[Any] = set()
 
     def attach(self, engine: AsyncEngine) -> None:
@@ -130,7 +130,8 @@ class Connector:
             async with connection.cursor() as cursor:
                 await cursor.execute(_PROBE)
                 (read_only,) = await cursor.fetchone()
-            if read_only and self._writes:
+            # a number, or on newer servers a word
+            if self._writes and str(read_only).upper() not in ("0", "OFF"):
                 raise TargetServerAttributeNotMatched
         except BaseException:
             abandon(connection)
@@ -173,12 +174,11 @@ class Clock:
         self.over = False
 
     def start(self, conn: Connection) -> None:
-        if self._seconds is None:
-            return
         self._connection = conn.connection.driver_connection
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
         if self._connector is not None:
             self._connector.busy.add(self._connection)
+        if self._seconds is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
 
     def _end(self) -> None:
         self.over = True
@@ -196,11 +196,11 @@ class Clock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._connector is not None:
+            self._connector.busy.discard(self._connection)
         if self._timer is None:
             return
         self._timer.cancel()
-        if self._connector is not None:
-            self._connector.busy.discard(self._connection)
         if self.over and isinstance(error, Exception) and not isinstance(error, Undecided):
             raise TimeoutError from None
 

@@ -46,7 +46,6 @@ class Pool:
         self.connector = connector
         self.loop: asyncio.AbstractEventLoop | None = None
         self._life: AsyncGenerator[None, None] | None = None
-        self._ending: asyncio.Task[None] | None = None
 
     def claim(self, loop: asyncio.AbstractEventLoop, *, owned: bool) -> None:
         """Says that its connections are going to live in the running loop."""
@@ -69,9 +68,10 @@ class Pool:
             _open.discard(self)
 
     def end(self) -> None:
-        """Closes the connections soon; for the thread of their loop."""
-        if self._life is not None:
-            self._ending = asyncio.ensure_future(self._life.aclose())
+        """Ends the connections; for the thread of their loop, which may itself be about to end."""
+        if self.connector is not None:
+            self.connector.abandon()
+        _open.discard(self)
 
     async def close(self) -> None:
         """Closes the connections that are idle, in the loop that they belong to."""

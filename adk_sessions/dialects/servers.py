@@ -56,6 +56,8 @@ class EngineDatabase:
         self._owned = make is not None
         self._statements = statements
         self._timeout = timeout
+        #: a connection has been had: the server is there, or was
+        self.reached = False
         self._explicit = isinstance(statements, SQLite)
         self._pools = Pools(pool, make, threaded=self._explicit)
         # Set on each connection: options of the application's engine are set when it is lent, and
@@ -87,7 +89,7 @@ class EngineDatabase:
         """
         if once:
             return await self._submitted(
-                lambda conn: self._transact(conn, work), timeout=self._timeout
+                lambda conn: self._work(conn, work, write, once), timeout=self._timeout
             )
         pool = self._pools.here()
         async with self._turn(pool):
@@ -101,30 +103,37 @@ class EngineDatabase:
                 conn = await pool.engine.connect()
                 try:
                     assert conn.sync_connection is not None
-                    clock.start(conn.sync_connection)
+                    self._begin(clock, conn.sync_connection)
                     return await conn.run_sync(self._work, work, write)
                 finally:
                     # its return to the pool awaits a ROLLBACK, and SQLAlchemy 2.0 loses a
                     # connection that is cancelled there
                     await finished(asyncio.ensure_future(conn.close()), wait=True)
 
+    def _begin(self, clock: Clock, conn: Connection) -> None:
+        self.reached = True
+        clock.start(conn)
+
     def _borrow(self, pool: Pool, work: Callable[[Connection], T], write: bool) -> T:
         with Clock(self._timeout, pool.connector) as clock, pool.sync_engine.connect() as conn:
-            clock.start(conn)
+            self._begin(clock, conn)
             if self._isolation:
                 conn.execution_options(isolation_level=self._isolation)
             return self._work(conn, work, write)
 
-    def _work(self, conn: Connection, work: Callable[[Connection], T], write: bool) -> T:
+    def _work(
+        self, conn: Connection, work: Callable[[Connection], T], write: bool, once: bool = False
+    ) -> T:
         try:
             if self._explicit:
                 return SQLite.transact(conn, work, write=write)
-            if write and not self._statements.autocommit:
+            if once or (write and not self._statements.autocommit):
                 if self._statements.commits_each_statement(conn):
-                    result = _in_transaction(conn, work)
+                    result = _in_transaction(conn, work, once)
                 else:
-                    with conn.begin():
+                    with conn.begin() as transaction:
                         result = work(conn)
+                        _commit(transaction.commit, once)
                 if self._owned:
                     conn.info[_COMMITTED] = True
                 return result
@@ -150,25 +159,10 @@ class EngineDatabase:
     def _submit(self, pool: Pool, work: Callable[[Connection], T], timeout: float | None) -> T:
         level = "READ COMMITTED" if self._statements.autocommit else self._isolation
         with Clock(timeout, pool.connector) as clock, pool.sync_engine.connect() as conn:
-            clock.start(conn)
+            self._begin(clock, conn)
             if level:
                 conn.execution_options(isolation_level=level)
             return work(conn)
-
-    def _transact(self, conn: Connection, work: Callable[[Connection], T]) -> T:
-        try:
-            if self._explicit:
-                return SQLite.transact(conn, work, write=True)
-            if self._statements.commits_each_statement(conn):
-                return _in_transaction(conn, work, once=True)
-            with conn.begin() as transaction:
-                result = work(conn)
-                _commit(transaction.commit)
-            return result
-        except Exception as error:
-            if must_invalidate(error):
-                conn.invalidate()
-            raise
 
     def is_missing(self) -> bool:
         """A server is nothing that a connection makes."""
@@ -202,24 +196,21 @@ def _reset(connection: Any, record: Any, state: PoolResetState) -> None:
         connection.rollback()
 
 
-def _commit(commit: Callable[[], object]) -> None:
+def _commit(commit: Callable[[], object], once: bool) -> None:
     try:
         commit()
     except Exception as error:
-        if is_lost(error):
+        if once and is_lost(error):
             raise Undecided(error) from error
         raise
 
 
-def _in_transaction(conn: Connection, work: Callable[[Connection], T], *, once: bool = False) -> T:
+def _in_transaction(conn: Connection, work: Callable[[Connection], T], once: bool) -> T:
     """A transaction on a connection in autocommit, which stays as the application has set it."""
     conn.exec_driver_sql("START TRANSACTION")
     try:
         result = work(conn)
-        if once:
-            _commit(lambda: conn.exec_driver_sql("COMMIT"))
-        else:
-            conn.exec_driver_sql("COMMIT")
+        _commit(lambda: conn.exec_driver_sql("COMMIT"), once)
     except Exception:
         if not conn.invalidated:
             conn.exec_driver_sql("ROLLBACK")

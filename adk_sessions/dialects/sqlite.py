@@ -341,6 +341,7 @@ class SQLiteDatabase:
     """
 
     behind_pooler = False
+    reached = True
 
     def __init__(
         self,
