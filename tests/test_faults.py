@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -520,3 +521,21 @@ async def test_an_append_cancelled_at_the_worst_moment_is_stored_whole_or_not_at
     await line.service.append_event(again, event("event-2", in_each_scope(uuid.uuid4().hex)))
     await line.assert_equal(again)
     assert line.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("backend", ["postgresql", "mariadb"], indirect=True)
+async def test_a_cancelled_append_to_a_silent_server_is_given_up(line: Line) -> None:
+    session = await line.session()
+    before = session.model_dump()
+    one = event("event-1", in_each_scope("k1"))
+    line.proxy.hang()
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.2):
+            await line.service.append_event(session, one)
+    assert time.monotonic() - began < 20
+    assert line.engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert session.model_dump() == before
+    line.proxy.resume()
+    await line.service.append_event(session, one)  # which finds out
+    await line.assert_equal(session)
