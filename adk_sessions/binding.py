@@ -110,26 +110,43 @@ class Binding(Generic[S, E]):
 
     def _catch_up(self, session: S, events: Sequence[E], found: Snapshot, since: datetime) -> None:
         """Brings what a session has missed into it: events after its revision, and the state."""
-        if found.create_time > since:  # deleted, and made anew
-            session.events.clear()
-        known = {known.id for known in session.events}
-        missed = [row for row in found.events if row.timestamp > since and row.id not in known]
+        anew = found.create_time > since  # deleted, and made again
+        known = set() if anew else {event.id for event in session.events}
+        after = [row for row in found.events if row.timestamp > since]
         own = {event.id: event for event in events}
-        if [row.id for row in missed] == list(own) and found.update_time == missed[-1].timestamp:
+        if (
+            not anew
+            and [row.id for row in after] == list(own)
+            and found.update_time == after[-1].timestamp
+            and known.isdisjoint(own)
+        ):
             for event in events:  # the reply to this very append was lost
                 self._commit(session, event)
         else:
-            if found.update_time != since:
-                # all of it is made before any of it shows: a row may be unreadable
-                between = [own.get(row.id) or self._event(row, _key(session)) for row in missed]
-                state = states.merge(_scopes(found.states)) | states.only_temp(session.state)
-                session.events.extend(between)
-                session.state.clear()
-                session.state.update(state)
+            moved = found.update_time != since
+            # all of it is made before any of it shows: a row may be unreadable
+            between = [
+                own.get(row.id) or self._event(row, _key(session))
+                for row in after
+                if moved and row.id not in known
+            ]
+            brought = {event.id for event in between}
+            state = states.merge(_scopes(found.states))
+            if anew:
+                session.events.clear()
+            for event in between:
+                if event.id in own:
+                    self._commit(session, event)
+                else:
+                    session.events.append(event)
             for event in events:
-                if delta := _delta(event):
+                if event.id not in brought and (delta := _delta(event)):
                     session.state.update(states.only_temp(delta))
                     event.actions.state_delta = states.without_temp(delta)
+            if moved:
+                state |= states.only_temp(session.state)
+                session.state.clear()
+                session.state.update(state)
         self._remember(session, found.update_time)
 
     def _commit(self, session: S, event: E) -> None:

@@ -121,13 +121,18 @@ def merge_state(text: str | None, delta: str, deletes: Iterable[str] = ()) -> st
     """Stored state text with a delta's top-level keys set, both escaped as they are."""
     merged = {**(_object(text) if text else {}), **_object(delta)}
     for key in deletes:
-        merged.pop(key, None)
+        merged.pop(stored_key(key), None)
     try:
         return to_json(merged).decode()
     except ValueError:
         text = dumps(merged)
     # google-adk on SQLite writes a lone surrogate as JSON can, by its number
     return text if _is_unicode(text) else json.dumps(merged, separators=(",", ":"))
+
+
+def stored_key(key: str) -> str:
+    """A key of a state as it is in the stored text."""
+    return cast(str, _escape_leaf(key))
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -290,7 +295,7 @@ def reason(error: Exception, event_type: type[BaseModel]) -> str:
 
 def author_of(text: str | None) -> str | None:
     """The author of a stored event, though it is unreadable, if it can be told."""
-    with contextlib.suppress(ValueError, TypeError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
         author = json.loads(text or "")["author"]
         return author if isinstance(author, str) and author else None
     return None

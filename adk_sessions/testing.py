@@ -866,7 +866,9 @@ class SessionServiceContract:
         async def read() -> None:
             nonlocal reading
             try:
-                for _ in range(300):
+                reads = 0
+                while reads < 300 or len(session.events) < 2:
+                    reads += 1
                     seen = await self.reload(service, session)
                     counts = [seen.state.get(f"{scope}count", 0) for scope in SCOPES]
                     assert counts == [len(seen.events)] * 3

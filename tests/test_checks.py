@@ -130,7 +130,9 @@ async def test_a_field_that_was_assigned_what_it_cannot_hold_is_refused(
     url = f"sqlite:///{tmp_path}/a.db"
     service: Any = SessionService(url)
     if service_type == "adk":
-        adk = pytest.importorskip("adk_sessions.adk")
+        pytest.importorskip("google.adk")
+        from adk_sessions import adk
+
         service = adk.DatabaseSessionService(url)
     async with service:
         session = await service.create_session(app_name=app_name, user_id="ann")

@@ -46,6 +46,7 @@ DAMAGE: dict[str, str | None] = {
     "null": None,
     "broken": f'{{"author": "clerk", "content": "{SECRET}',
     "no object": f'["{SECRET}"]',
+    "no author": json.dumps({"timestamp": SECRET}),
     "wrong type": json.dumps({"author": "clerk", "timestamp": SECRET, "actions": {}}),
     "wrong type inside": json.dumps({"author": "clerk", "actions": {"state_delta": [SECRET]}}),
 }
@@ -466,7 +467,7 @@ class Either(BaseModel):
     ids=str,
 )
 def test_any_class_keeps_what_it_does_not_know(row: dict[str, Any]) -> None:
-    if not codec._TELLS and "new" in row:
+    if not codec._TELLS and {"new", "__class__"} & row.keys():
         pytest.skip("pydantic before 2.12 ignores in silence what a class ignores")
     event = codec.load_event(Either, json.dumps(row), None)
     again = json.loads(codec.dump_event(event).data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import hashlib
 import importlib.util
 import json
@@ -239,6 +240,8 @@ async def test_examining_cannot_write(database_url: str, app_name: str) -> None:
 
 @every_database
 @pytest.mark.parametrize("how", ["error", "cancelled"])
+# older releases of asyncmy say so of a result that was not read to its end
+@pytest.mark.filterwarnings("ignore:coroutine 'MySQLResult._finish_unbuffered_query' was never")
 async def test_an_examination_that_is_broken_off(
     how: str, database_url: str, app_name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -263,6 +266,7 @@ async def test_an_examination_that_is_broken_off(
         if not database_url.startswith("sqlite"):
             assert past._database.engine.sync_engine.pool.checkedout() == 0  # type: ignore[attr-defined]
     assert caplog.text == ""
+    gc.collect()
 
 
 async def events_of(url: str, app: str) -> dict[tuple[str, str], Any]:

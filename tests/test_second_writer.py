@@ -266,6 +266,29 @@ async def test_a_session_that_was_deleted_and_made_anew(
     await equal(service, old)
 
 
+async def test_a_session_that_was_made_anew_by_a_clock_that_is_behind(
+    service: SessionService, session: Session
+) -> None:
+    old = await stored(service, session)
+    await service.append_event(old, event("a", {"gone": 1}, timestamp=4e9))
+    await service.delete_session(session.app_name, "ann", "s")
+    await service.create_session(app_name=session.app_name, user_id="ann", session_id="s")
+    await service.append_event(old, event("b", {"n": 1, "temp:t": 1}))
+    assert ids(old) == ["b"]
+    assert old.state.pop("temp:t") == 1
+    await equal(service, old)
+
+
+async def test_copies_that_share_their_list_of_events_have_the_whole_state(
+    service: SessionService, session: Session
+) -> None:
+    one, other = session, session.model_copy(update={"state": dict(session.state)})
+    other._storage_update_marker = one._storage_update_marker
+    await service.append_event(one, event("a", {"k": 1}))
+    await service.append_event(other, event("b", {"j": 1}))
+    assert other.state == (await stored(service, session)).state
+
+
 async def test_other_words_are_refused(tmp_path: Any, app_name: str) -> None:
     with pytest.raises(ConfigurationError, match="on_stale"):
         SessionService("sqlite://", on_stale="ignore")  # type: ignore[arg-type]

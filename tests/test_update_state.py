@@ -131,6 +131,19 @@ async def test_none_is_a_value_and_a_missing_key_is_zero(
     }  # fmt: skip
 
 
+async def test_keys_that_are_escaped_are_keys_like_others(
+    service: SessionService, session: Session
+) -> None:
+    key = "adk_sessions:n"
+    for scope in ("", "app:", "user:"):
+        await service.update_state(**of(session), delta={scope + key: 5})
+        for total in (6, 7):
+            result = await service.update_state(**of(session), add={scope + key: 1})
+            assert result == {scope + key: total}
+        await service.update_state(**of(session), delete=[scope + key])
+    assert await state(service, session) == {"n": 1, "app:n": 1, "user:n": 1}
+
+
 @pytest.mark.parametrize("scope", ["", "user:", "app:"])
 async def test_those_who_count_at_once_lose_nothing(
     service: SessionService, session: Session, scope: str

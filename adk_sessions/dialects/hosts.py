@@ -75,8 +75,6 @@ class Connector:
         self._connect = connect or importlib.import_module(driver).connect
         self._made: WeakSet[Any] = WeakSet()
         self._starting: dict[int, asyncio.TimerHandle] = {}
-        #: what a call is using at the moment
-        self.busy: set[Any] = set()
 
     def attach(self, engine: AsyncEngine) -> None:
         """Takes note of what the engine connects; it is of our own."""
@@ -146,46 +144,42 @@ class Connector:
         self._starting.pop(id(connection), None)
         abandon(connection)
 
-    def abandon(self, *, idle: bool = False) -> None:
-        """Ends connections, without a word to the server.
-
-        Args:
-            idle: only those that no call is using.
-        """
+    def abandon(self) -> None:
+        """Ends all connections, without a word to the server."""
         for connection in list(self._made):
-            if not idle or connection not in self.busy:
-                with suppress(Exception):  # its event loop is closed
-                    abandon(connection)
+            with suppress(Exception):  # its event loop is closed
+                abandon(connection)
 
 
 class Clock:
     """The time that a call has on a connection; when it is over, the connection is given up.
 
+    To the engine that is a server which has gone, so it also renews those that are idle when they
+    are next asked for: nobody waits for each of them in turn.
+
     Args:
         seconds: None for as long as it takes.
-        connector: who has made the connection; None for the application.
     """
 
-    def __init__(self, seconds: float | None, connector: Connector | None) -> None:
+    def __init__(self, seconds: float | None) -> None:
         self._seconds = seconds
-        self._connector = connector
         self._timer: asyncio.TimerHandle | None = None
-        self._connection: Any = None
         self.over = False
 
     def start(self, conn: Connection) -> None:
-        self._connection = conn.connection.driver_connection
-        if self._connector is not None:
-            self._connector.busy.add(self._connection)
         if self._seconds is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
+            connection = conn.connection.driver_connection
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._seconds, self._end, connection)
 
-    def _end(self) -> None:
+    def _end(self, connection: Any) -> None:
         self.over = True
-        abandon(self._connection)
-        if self._connector is not None:
-            # most likely it is the server: nobody is to wait for each of them in turn
-            self._connector.abandon(idle=True)
+        abandon(connection)
+
+    def stop(self) -> None:
+        """For before the connection is anybody else's."""
+        if self._timer is not None:
+            self._timer.cancel()
 
     def __enter__(self) -> Self:
         return self
@@ -196,11 +190,7 @@ class Clock:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._connector is not None:
-            self._connector.busy.discard(self._connection)
-        if self._timer is None:
-            return
-        self._timer.cancel()
+        self.stop()
         if self.over and isinstance(error, Exception) and not isinstance(error, Undecided):
             raise TimeoutError from None
 

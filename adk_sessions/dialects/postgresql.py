@@ -387,11 +387,14 @@ class PostgreSQL(JsonbColumns):
         if statements is None:
             statements = self._changes[table] = self._changing(table)
         hold, write = statements
-        row = conn.execute(hold, {**key.parameters(), "v_keys": list(change.adds)}).first()
+        wanted, deleted = (
+            [codec.stored_key(key) for key in keys] for keys in (change.adds, change.deletes)
+        )
+        row = conn.execute(hold, {**key.parameters(), "v_keys": wanted}).first()
         if row is None:
             return None
         text = encode(change, codec.load_state(row[0]))
-        parameters = {"v_state": text, "v_keys": change.deletes, "v_now": now}
+        parameters = {"v_state": text, "v_keys": deleted, "v_now": now}
         self._update(conn, write, {**key.parameters(), **parameters})
         return text
 

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection, event
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.pool import PoolResetState, SingletonThreadPool, StaticPool
 
 from ..turns import Turns
@@ -99,7 +99,7 @@ class EngineDatabase:
                 # a driver with threads: cancelled in the middle, a connection would be lost
                 running = self._greenlet.run_sync(lambda _: self._borrow(pool, work, write))
                 return await finished(asyncio.ensure_future(running), wait=True)
-            with Clock(self._timeout, pool.connector) as clock:
+            with Clock(self._timeout) as clock:
                 conn = await pool.engine.connect()
                 try:
                     assert conn.sync_connection is not None
@@ -108,14 +108,14 @@ class EngineDatabase:
                 finally:
                     # its return to the pool awaits a ROLLBACK, and SQLAlchemy 2.0 loses a
                     # connection that is cancelled there
-                    await finished(asyncio.ensure_future(conn.close()), wait=True)
+                    await finished(asyncio.ensure_future(_give_back(conn, clock)), wait=True)
 
     def _begin(self, clock: Clock, conn: Connection) -> None:
         self.reached = True
         clock.start(conn)
 
     def _borrow(self, pool: Pool, work: Callable[[Connection], T], write: bool) -> T:
-        with Clock(self._timeout, pool.connector) as clock, pool.sync_engine.connect() as conn:
+        with Clock(self._timeout) as clock, pool.sync_engine.connect() as conn:
             self._begin(clock, conn)
             if self._isolation:
                 conn.execution_options(isolation_level=self._isolation)
@@ -130,6 +130,8 @@ class EngineDatabase:
             if once or (write and not self._statements.autocommit):
                 if self._statements.commits_each_statement(conn):
                     result = _in_transaction(conn, work, once)
+                    if once:
+                        _end(conn)
                 else:
                     with conn.begin() as transaction:
                         result = work(conn)
@@ -158,7 +160,7 @@ class EngineDatabase:
 
     def _submit(self, pool: Pool, work: Callable[[Connection], T], timeout: float | None) -> T:
         level = "READ COMMITTED" if self._statements.autocommit else self._isolation
-        with Clock(timeout, pool.connector) as clock, pool.sync_engine.connect() as conn:
+        with Clock(timeout) as clock, pool.sync_engine.connect() as conn:
             self._begin(clock, conn)
             if level:
                 conn.execution_options(isolation_level=level)
@@ -176,6 +178,13 @@ class EngineDatabase:
         if not self._shared:
             return nullcontext()
         return _turns.of(id(pool.engine.pool))
+
+
+async def _give_back(conn: AsyncConnection, clock: Clock) -> None:
+    try:
+        await conn.close()
+    finally:
+        clock.stop()
 
 
 def spare_rollbacks(engine: AsyncEngine) -> None:
@@ -203,6 +212,14 @@ def _commit(commit: Callable[[], object], once: bool) -> None:
         if once and is_lost(error):
             raise Undecided(error) from error
         raise
+
+
+def _end(conn: Connection) -> None:
+    """Ends what SQLAlchemy takes for a transaction: its ROLLBACK says nothing of our COMMIT."""
+    try:
+        conn.rollback()
+    except Exception:
+        conn.invalidate()
 
 
 def _in_transaction(conn: Connection, work: Callable[[Connection], T], once: bool) -> T:
