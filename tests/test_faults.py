@@ -539,3 +539,24 @@ async def test_a_cancelled_append_to_a_silent_server_is_given_up(line: Line) -> 
     line.proxy.resume()
     await line.service.append_event(session, one)  # which finds out
     await line.assert_equal(session)
+
+
+@both_ways
+async def test_a_count_is_not_added_again_for_what_comes_after_its_commit(
+    mariadb_url: str, lose: Lose, app_name: str
+) -> None:
+    target = make_url(mariadb_url)
+    assert target.host
+    async with Proxy(target.host, target.port or 3306) as proxy:
+        behind = target.set(host="127.0.0.1", port=proxy.port)
+        engine = create_engine(behind, isolation_level="AUTOCOMMIT")
+        try:
+            service = SessionService(engine=engine)
+            await service.update_state(app_name=app_name, add={"app:n": 1})
+            proxy.cut("ROLLBACK", lose=lose)
+            result = await service.update_state(app_name=app_name, add={"app:n": 1})
+            assert result == {"app:n": 2}
+            assert proxy.fired == 1
+            assert await service.get_app_state(app_name=app_name) == {"n": 2}
+        finally:
+            await engine.dispose()
