@@ -278,9 +278,7 @@ class ForALimitedRole(SessionServiceContract):
 
 
 class TestTheKitForALimitedRole(ForALimitedRole):
-    """A part; ADK_SESSIONS_SOAK=1 runs all of it."""
-
-    locals().update(PART)
+    """All of it."""
 
     @pytest.fixture
     def new_service(self, postgresql_role: str) -> Callable[[], Any]:

@@ -23,9 +23,8 @@ PROCESSES = 3
 # What a call could leave behind on a connection that the next client gets.
 LEFT = {
     "prepared statements": "SELECT count(*) FROM pg_prepared_statements",
-    # asyncpg itself turns jit off and on again while it looks up an array's type
     "settings": "SELECT array_agg(name || setting ORDER BY name) FROM pg_settings"
-    " WHERE source = 'session' AND name <> 'jit'",
+    " WHERE source = 'session'",
     "locks": "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
     " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())",
     "channels": "SELECT count(*) FROM pg_listening_channels()",
