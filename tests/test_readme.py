@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
+import inspect
 import os
 import re
 import sqlite3
@@ -11,11 +13,12 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripts import run_script
 
-from adk_sessions import migrate
+from adk_sessions import Event, SessionService, migrate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -173,3 +176,34 @@ def test_what_is_promised_names_tests_that_there_are() -> None:
         if f"def {name}(" not in (ROOT / file).read_text()
     ]
     assert missing == []
+
+
+async def run_block(code: str, names: dict[str, Any]) -> None:
+    """Runs a block that stands in a coroutine."""
+    compiled = compile(code, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    if inspect.isawaitable(running := eval(compiled, names)):
+        await running
+
+
+async def test_several_writers(tmp_path: Path) -> None:
+    names: dict[str, Any] = {"SessionService": SessionService}
+    make, append = block('on_stale="refresh")\nawait').splitlines()
+    await run_block(make.replace("postgresql://app@db/agents", f"sqlite:///{tmp_path}/a.db"), names)
+    async with names["service"] as service:
+        names["session"] = session = await service.create_session(app_name="shop", user_id="ann")
+        names["event"] = Event(author="ann")
+        await service.append_event(session.model_copy(deep=True), Event(id="between"))
+        await run_block(append, names)
+        assert [event.id for event in session.events] == ["between", names["event"].id]
+        await run_block(block("await service.update_state("), names)
+        again = await service.get_session(app_name="shop", user_id="ann", session_id=session.id)
+        assert again.state == {
+            "topic": "sailing", "user:name": "Ada", "app:visits": 1, "user:credit": -0.5,
+        }  # fmt: skip
+
+
+async def test_a_service_on_several_hosts() -> None:
+    names: dict[str, Any] = {"SessionService": SessionService}
+    await run_block(block("wsrep_sync_wait"), names)
+    assert names["service"]._database.engine.dialect.driver == "asyncmy"
+    await names["service"].close()
