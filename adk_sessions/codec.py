@@ -208,7 +208,8 @@ def dump_event(event: BaseModel) -> EventText:
     except (PydanticSerializationError, ValueError):
         doubtful = True  # a lone surrogate, a value without a JSON form or of another type
     else:
-        if not newer and not _is_suspect(text):
+        # in a key a lone surrogate has been replaced without a word
+        if not newer and "\ufffd" not in text and not _is_suspect(text):
             return EventText(text, None)
     odd: list[str] = []
 

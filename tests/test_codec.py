@@ -571,3 +571,10 @@ def test_a_delta_meets_a_state_with_a_lone_surrogate() -> None:
     merged = merge_state(stored, dump_state({"k": "ü"}))
     merged.encode()
     assert load_state(merged) == {"a": "\ud800", "b": [1.0], "k": "ü"}
+
+
+def test_google_adks_events_keep_odd_keys_that_its_serializer_replaces() -> None:
+    adk = pytest.importorskip("google.adk.events")
+    for metadata in ({"\ud800": []}, {"a\ud800": {"b": 1}}, {"\ufffd": 1}):
+        one = adk.Event(author="a", custom_metadata=metadata)
+        assert load_event(adk.Event, *dump_event(one)).custom_metadata == metadata
