@@ -188,12 +188,14 @@ def victim(request: pytest.FixtureRequest) -> Iterator[Victim]:
     postgres: Postgres = request.getfixturevalue("own_postgres")
     url = postgres.create_database(unique_name())
     settings, how = {"server_login_retry": 1}, {"rounds": 2 if SOAK else 1}
+    options: dict[str, Any] = {}
     if name == "pgbouncer-as-it-comes":  # it refuses everybody for 15 seconds after each fault
+        options["retry_window"] = 90  # and the next one may come before that is over
         settings, how = {}, {"rounds": 1, "between": APPENDS // 4, "seasons": 1}
     with _or_skip() as stack:
         pooler = stack.enter_context(run_pgbouncer(postgres, **settings))
         through = pooler.url(make_url(url).database or "") + "?pgbouncer=true"
-        yield Victim(postgres, url, through, {}, **how)
+        yield Victim(postgres, url, through, options, **how)
 
 
 NAMES = ["postgresql", "mariadb", "pgbouncer"]
