@@ -107,9 +107,8 @@ class Appends(Binding[S, E]):
                 self._remember(session, moved.after)
                 return
             if moved is not None and moved.before < since:
-                since = (
-                    clock.EPOCH
-                )  # made again, by a clock that was behind: nothing of it is known
+                # made again, by a clock that was behind: nothing of it is known
+                since = clock.EPOCH
             certain = moved is None and taken is None and not attempt.lost
             found = await self._look(key, since, ids, certain=certain)
             if found is None:

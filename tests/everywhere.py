@@ -42,6 +42,16 @@ PART: dict[str, None] = {
 }
 
 
+def place_of(
+    backend: str, request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
+) -> tuple[str, dict[str, Any]]:
+    """The URL of one of `BACKENDS` and the service's options; servers' databases are shared."""
+    kind, options = BACKENDS[backend]
+    shared = SHARED.get(kind)
+    url = request.getfixturevalue(shared) if shared else fresh_database(kind)
+    return (f"{url}?pgbouncer=true" if kind == "pgbouncer" else url), options
+
+
 class OnEveryDatabase(SessionServiceContract):
     """The kit with two services on one database, once for each kind."""
 
@@ -59,14 +69,10 @@ class OnEveryDatabase(SessionServiceContract):
         request: pytest.FixtureRequest,
         fresh_database: Callable[[str], str],
     ) -> Callable[[], Any]:
-        kind, options = BACKENDS[backend]
-        shared = SHARED.get(kind)
-        url = request.getfixturevalue(shared) if shared else fresh_database(kind)
-        if kind == "sqlite":  # a file for each test, but migrated only once
+        url, options = place_of(backend, request, fresh_database)
+        if backend == "sqlite":  # a file for each test, but migrated only once
             template = request.getfixturevalue("migrated_file")
             shutil.copy(template, make_url(url).database or "")
-        if kind == "pgbouncer":
-            url += "?pgbouncer=true"
         return lambda: self.make(url, **options)
 
     @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from engines import engine_for
-from everywhere import BACKENDS, SHARED
+from everywhere import BACKENDS, place_of
 from sqlalchemy import event as hooks
 
 from adk_sessions import (
@@ -29,11 +29,7 @@ from adk_sessions import (
 async def service(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[SessionService]:
-    kind, options = BACKENDS[request.param]
-    shared = SHARED.get(kind)
-    url = request.getfixturevalue(shared) if shared else fresh_database(kind)
-    if kind == "pgbouncer":
-        url += "?pgbouncer=true"
+    url, options = place_of(request.param, request, fresh_database)
     async with SessionService(url, **options) as service:
         yield service
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from everywhere import BACKENDS, SHARED
+from everywhere import BACKENDS, place_of
 from sqlalchemy.pool import QueuePool
 from workers import event, in_each_scope
 
@@ -51,13 +51,9 @@ async def place(
 ) -> AsyncIterator[Place]:
     # an append waits for two seconds and no longer for a server, which a loaded machine may take
     monkeypatch.setattr(appends, "_PATIENCE", 60.0)
-    kind, options = BACKENDS[request.param]
-    shared = SHARED.get(kind)
-    url = request.getfixturevalue(shared) if shared else fresh_database(kind)
-    if kind == "pgbouncer":
-        url += "?pgbouncer=true"
-    # with one connection, one that is lost is the end
-    pool = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 20} if shared else {}
+    url, options = place_of(request.param, request, fresh_database)
+    # with one connection, one that is lost is the end; a file has its own, whatever is said here
+    pool = {"pool_size": 1, "max_overflow": 0, "pool_timeout": 20}
     async with SessionService(url, **pool, **options) as service:
         await service.prepare_tables()
         yield Place(service, app_name)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from everywhere import BACKENDS, SHARED
+from everywhere import BACKENDS, place_of
 from workers import event, in_each_scope, load, seen
 
 from adk_sessions import (
@@ -30,11 +30,7 @@ WRITERS = 8
 def make(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> Callable[[], SessionService]:
-    kind, options = BACKENDS[request.param]
-    shared = SHARED.get(kind)
-    url = request.getfixturevalue(shared) if shared else fresh_database(kind)
-    if kind == "pgbouncer":
-        url += "?pgbouncer=true"
+    url, options = place_of(request.param, request, fresh_database)
     return lambda: SessionService(url, on_stale="refresh", **options)
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from everywhere import BACKENDS, SHARED
+from everywhere import BACKENDS, place_of
 from workers import event, in_each_scope, load
 
 from adk_sessions import (
@@ -25,11 +25,7 @@ from adk_sessions.dialects.faults import Undecided
 async def service(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[SessionService]:
-    kind, options = BACKENDS[request.param]
-    shared = SHARED.get(kind)
-    url = request.getfixturevalue(shared) if shared else fresh_database(kind)
-    if kind == "pgbouncer":
-        url += "?pgbouncer=true"
+    url, options = place_of(request.param, request, fresh_database)
     async with SessionService(url, **options) as service:
         yield service
 

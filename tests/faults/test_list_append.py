@@ -17,7 +17,7 @@ from typing import Any
 
 import checker
 import pytest
-from everywhere import BACKENDS, SHARED, SOAK
+from everywhere import SOAK, place_of
 from test_chaos import Victim
 from workers import Call, Count, Crew, Read, Record, faults, in_each_scope, read_all
 
@@ -50,13 +50,7 @@ def database_of(
 ) -> Callable[[str], tuple[str, dict[str, Any]]]:
     """`database_of(backend)`: the URL of a database, and the service's options."""
 
-    def find(backend: str) -> tuple[str, dict[str, Any]]:
-        kind, options = BACKENDS[backend]
-        shared = SHARED.get(kind)
-        url = request.getfixturevalue(shared) if shared else fresh_database(kind)
-        return (f"{url}?pgbouncer=true" if kind == "pgbouncer" else url), options
-
-    return find
+    return lambda backend: place_of(backend, request, fresh_database)
 
 
 async def _round(
