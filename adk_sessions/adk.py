@@ -41,7 +41,7 @@ __all__ = [
 # The options that a service has on an engine too.
 _STORE = {
     *("backend", "lean_validation", "on_bad_event", "on_stale", "retry_window"),
-    *("migrate", "row_level_security", "schema", "table_prefix", "tables"),
+    *("migrate", "notify", "row_level_security", "schema", "table_prefix", "tables"),
     *("pooler", "read_engine", "read_url", "statement_timeout"),
 }
 

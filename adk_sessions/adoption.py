@@ -9,11 +9,13 @@ from .dialects import unadoptable
 from .errors import SchemaError
 from .models import VERSION_TABLE, Names, models_of
 
-HEAD = "0004"
+HEAD = "0006"
 REVISIONS = tuple(f"{n:04}" for n in range(1, int(HEAD) + 1))
 
 # What a revision may add to tables that are adopted without it.
-_ADDED = {"event_exact"}
+_ADDED = {
+    *("event_exact", "title", "labels", "archive_time", "expire_time", "initial_state"),
+}
 
 
 def current(conn: Connection, where: Names) -> str | None:

@@ -103,11 +103,6 @@ class Binding(Generic[S, E]):
     def _now(self) -> float:
         return time.time()
 
-    def _missing(self, session: S) -> errors.SessionNotFoundError:
-        return self.not_found(
-            f"Session {session.id!r} not found. Create it before appending to it."
-        )
-
     def _catch_up(self, session: S, events: Sequence[E], found: Snapshot, since: datetime) -> None:
         """Brings what a session has missed into it: events after its revision, and the state."""
         anew = found.create_time > since  # deleted, and made again

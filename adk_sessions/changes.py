@@ -87,6 +87,13 @@ def encode(change: Change, stored: Mapping[str, Any]) -> str:
     return codec.dump_state(change.values(stored), field="delta")
 
 
+def removed(change: Change) -> str | None:
+    """The JSON text of the keys that a change deletes; None if there are none."""
+    if not change.deletes:
+        return None
+    return codec.dump_state(dict.fromkeys(change.deletes, True), field="delete")
+
+
 def merged(written: Iterable[str | None]) -> dict[str, Any]:
     """What `encode` gave for app, user and session as one dict, keys with their prefixes."""
     return states.merge(states.Scopes(*map(codec.load_state, written)))

@@ -33,6 +33,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
 
 from .errors import DatabaseError, InvalidInputError
+from .state import WIDER_PREFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -325,14 +326,29 @@ def stand_in(event_type: type[M], author: str, why: str, **row: Any) -> M:
 
 
 def same_event(one: EventText, other: EventText) -> bool:
-    """Whether two stored forms are the same event; key order and JSONB's spelling do not matter."""
+    """Whether two stored forms are the same event; key order and JSONB's spelling do not matter.
+
+    What a rewind sets in the session's own state is computed when it is stored, so it does not
+    matter either.
+    """
     try:
         first, second = (
-            json.dumps(json.loads(text.exact or text.data), sort_keys=True) for text in (one, other)
+            json.dumps(_without_rewound(json.loads(text.exact or text.data)), sort_keys=True)
+            for text in (one, other)
         )
     except (ValueError, TypeError, RecursionError):
         return False  # what is stored is damaged
     return first == second
+
+
+def _without_rewound(event: Any) -> Any:
+    actions = event.get("actions") if isinstance(event, dict) else None
+    if isinstance(actions, dict) and actions.get("rewind_before_invocation_id"):
+        delta = actions.get("state_delta")
+        if isinstance(delta, dict):
+            wider = {key: value for key, value in delta.items() if key.startswith(WIDER_PREFIXES)}
+            return {**event, "actions": {**actions, "state_delta": wider}}
+    return event
 
 
 # --- fields that a newer version wrote ----------------------------------------------------------

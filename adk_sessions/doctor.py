@@ -11,15 +11,17 @@ value of a state.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, inspect
 
-from . import clock, codec, validate
+from . import clock, codec, replay, validate
 from . import state as states
+from .calls import parts
 from .dialects.checkup import PAGE, Checkup, unchanging
 from .dialects.rows import Key
 from .errors import (
@@ -29,6 +31,7 @@ from .errors import (
     SchemaError,
     SessionNotFoundError,
     StaleSessionError,
+    StateUnknownError,
 )
 from .service import Store
 
@@ -61,7 +64,7 @@ NOTES: dict[Kind, str] = {
     "ties": "events with the time of the one before, in the order of their ids",
     "recent_calls": "function calls without a response, that may still be running",
     "long_running_calls": "long-running function calls without a response",
-    "state_differs": "sessions with a state of their own that differs from what their events set",
+    "state_differs": "sessions with a state of their own that differs from what is recorded of it",
 }
 
 #: seconds without a new event, after which nobody is taken to work on a session any more
@@ -223,6 +226,8 @@ class _Look:
         self._since = since
         self._limit = limit
         self.report = Report(since=since)
+        # sessions whose recorded state is to be compared with that which they have
+        self.doubtful: list[_Session] = []
 
     def at_everything(
         self, conn: Connection, rows: Checkup, progress: Callable[[int, int], None] | None
@@ -258,12 +263,23 @@ class _Look:
             if progress and report.events % PAGE == 0:
                 progress(report.events, total)
         self._end(session)
+        for differing in self.doubtful:
+            self._compare(rows.past(conn, differing.key), differing)
         if progress:
             progress(report.events, total)
 
     def _end(self, session: _Session | None) -> None:
         if session is not None:
             session.end()
+
+    def _compare(self, past: replay.Past | None, session: _Session) -> None:
+        """Looks once more at a state that is not what events set: changes are recorded, too."""
+        if past is None:
+            return
+        with suppress(StateUnknownError):
+            recorded = replay.state_before(past, len(past.steps))
+            session.differing = replay.differing(recorded, past.current)
+        session.say_what_differs()
 
     def add(self, kind: Kind, row: Row) -> bool:
         """Counts a finding; whether it is one of those that are named."""
@@ -312,7 +328,8 @@ class _Session:
         self._reached = False
         self._state: dict[str, Any] | None = None
         self._set: set[str] = set()
-        self._differing: list[str] = []
+        self.differing: list[str] = []
+        self._is_recorded = False
         if update_time is not None and update_time < newest:
             look.add("behind", Row(*key, detail=str(newest)))
 
@@ -325,8 +342,10 @@ class _Session:
         exact: Any,
         update_time: datetime | None,
         state: str | None,
+        is_recorded: bool,
     ) -> None:
         """Looks at the next older event."""
+        self._is_recorded = bool(is_recorded)
         row = Row(*self.key, event_id)
         if update_time is None:
             self._look.add("orphans", row)
@@ -349,8 +368,15 @@ class _Session:
 
     def end(self) -> None:
         """Says what only the whole session shows."""
-        if self._differing:
-            keys = ", ".join(map(repr, sorted(self._differing)))
+        if self.differing and self._is_recorded:
+            self._state, self._set, self._answered = None, set(), set()
+            self._look.doubtful.append(self)
+        else:
+            self.say_what_differs()
+
+    def say_what_differs(self) -> None:
+        if self.differing:
+            keys = ", ".join(map(repr, sorted(self.differing)))
             self._look.add("state_differs", Row(*self.key, detail=keys))
 
     def _is_rewound(self, event: dict[str, Any], invocation_id: str) -> bool:
@@ -371,14 +397,14 @@ class _Session:
             if key not in self._set:
                 self._set.add(key)
                 if self._state is not None and not _same(self._state, key, value):
-                    self._differing.append(key)
+                    self.differing.append(key)
 
     def _calls(self, event: dict[str, Any], row: Row, invocation_id: str) -> None:
-        self._answered.update(id_ for id_, _ in _parts(event, "function_response"))
+        self._answered.update(id_ for id_, _ in parts(event, "function_response"))
         waiting = event.get("long_running_tool_ids")
         waiting = waiting if isinstance(waiting, list) else []
         open_calls: list[tuple[str, str]] = []
-        for id_, name in _parts(event, "function_call"):
+        for id_, name in parts(event, "function_call"):
             if id_ in self._answered:
                 continue
             if id_ in waiting or name in _QUESTIONS:
@@ -427,15 +453,6 @@ def _text(value: Any) -> str | None:
 def _same(state: dict[str, Any], key: str, value: Any) -> bool:
     # the texts, since NaN is not equal to itself
     return key in state and (state[key] == value or codec.dumps(state[key]) == codec.dumps(value))
-
-
-def _parts(event: dict[str, Any], kind: str) -> Iterator[tuple[str, str]]:
-    """Id and name of the function calls, or responses, of an event as google-adk spells it."""
-    parts = _dict(event.get("content")).get("parts")
-    for part in parts if isinstance(parts, list) else []:
-        found = _dict(_dict(part).get(kind))
-        if isinstance(found.get("id"), str) and found["id"]:
-            yield found["id"], str(found.get("name") or "")
 
 
 # --- repairing ----------------------------------------------------------------------------------

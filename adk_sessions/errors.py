@@ -5,8 +5,11 @@
     ├── InvalidInputError (ValueError)       an argument is refused, nothing was written: .field
     ├── AlreadyExistsError                   a session with this id is there already
     ├── SessionNotFoundError (ValueError)    append to a session that is not stored
+    ├── SessionArchivedError                 append to a session that is archived: restore it first
     ├── StaleSessionError (ValueError)       somebody else appended meanwhile: reload, then repeat
     ├── EventConflictError                   this event id is stored with other content
+    ├── EventNotFoundError (ValueError)      an event that was named is not in the session
+    ├── StateUnknownError                    what the state was at an event is not recorded
     ├── SchemaError                          the tables are not what this release works with
     │   ├── MigrationLockError               another process held the migration lock for too long
     │   └── ConversionRefusedError           rows of an old layout are not sound: .rows .more
@@ -31,13 +34,16 @@ __all__ = [
     "ConversionRefusedError",
     "DatabaseError",
     "EventConflictError",
+    "EventNotFoundError",
     "InvalidInputError",
     "MigrationLockError",
     "OutcomeUnknownError",
     "SchemaError",
+    "SessionArchivedError",
     "SessionNotFoundError",
     "SessionStoreError",
     "StaleSessionError",
+    "StateUnknownError",
     "UnreadableEventError",
 ]
 
@@ -79,12 +85,24 @@ class SessionNotFoundError(SessionStoreError, ValueError):
     """Session not found. Create it before appending to it."""
 
 
+class SessionArchivedError(SessionStoreError):
+    """The session is archived: nothing is appended to it. Call restore_session first."""
+
+
 class StaleSessionError(SessionStoreError, ValueError):
     """The session has been modified in storage since it was loaded, or was not loaded from there. Reload it with get_session and append again, or append with on_stale='refresh' where nothing hangs on what was missed."""  # noqa: E501
 
 
 class EventConflictError(SessionStoreError):
     """An event with this id is already stored in the session, with other content (its timestamp counts). Give each event an id of its own."""  # noqa: E501
+
+
+class EventNotFoundError(SessionStoreError, ValueError):
+    """The session has no such event, or no longer has it."""
+
+
+class StateUnknownError(SessionStoreError):
+    """What the session's state was at this event is not recorded, and cannot be told from the events: the session was made by other software, or its first events by an older release. A later event may do."""  # noqa: E501
 
 
 class SchemaError(SessionStoreError):

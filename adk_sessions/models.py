@@ -1,8 +1,10 @@
-"""Declarative models of the five tables: google-adk's schema, version 1, and what is added to it.
+"""Declarative models of the tables: the five of google-adk's schema, version 1, and what is added.
 
-What is added is nullable, so google-adk works on the same tables: ``events.event_exact`` holds an
-event's escaped JSON where ``event_data`` cannot be exact (see ``adk_sessions.codec``). Alembic
-makes the tables; ``metadata.create_all`` is never called.
+What is added is nullable columns, indexes and a table of our own, so google-adk works on the same
+tables. ``events.event_exact`` holds an event's escaped JSON where ``event_data`` cannot be exact
+(see ``adk_sessions.codec``). ``sessions.initial_state`` is the session's own state before its
+first event, null where that is not known, and ``state_changes`` what has changed it since without
+an event. Alembic makes the tables; ``metadata.create_all`` is never called.
 """
 
 from __future__ import annotations
@@ -21,9 +23,17 @@ from .checks import KEY_LENGTH, TEXT_LENGTH
 from .dialects.types import Json, KeyText, Timestamp, long_text
 from .errors import ConfigurationError
 
-TABLES = ("sessions", "events", "app_states", "user_states", "adk_internal_metadata")
+TABLES = (
+    *("sessions", "events", "app_states", "user_states", "adk_internal_metadata"),
+    "state_changes",
+)
 VERSION_TABLE = "adk_sessions_version"
 INDEX = "idx_events_app_user_session_ts_id"
+#: the order in which pages show an application's sessions, and a user's
+PAGE_INDEXES = {
+    "idx_sessions_app_create_user_id": ("app_name", "create_time", "user_id", "id"),
+    "idx_sessions_app_user_create_id": ("app_name", "user_id", "create_time", "id"),
+}
 
 _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,29}")  # an index's name holds it too: 63 bytes
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
@@ -83,13 +93,13 @@ def names(
 
 @dataclass(frozen=True)
 class Models:
-    """The five mapped classes over one set of table names.
+    """The mapped classes over one set of table names.
 
     Attributes:
         names: where they are.
-        base: their declarative base; ``base.metadata`` holds the five tables alone.
-        session, event, app_state, user_state, internal_metadata: the mapped classes.
-        sessions, events, app_states, user_states: the tables behind them.
+        base: their declarative base; ``base.metadata`` holds these tables alone.
+        session, event, app_state, user_state, internal_metadata, state_change: the mapped classes.
+        sessions, events, app_states, user_states, state_changes: the tables behind them.
     """
 
     names: Names
@@ -99,10 +109,17 @@ class Models:
     app_state: type[Any]
     user_state: type[Any]
     internal_metadata: type[Any]
+    state_change: type[Any]
     sessions: Table
     events: Table
     app_states: Table
     user_states: Table
+    state_changes: Table
+
+    @property
+    def host_owned(self) -> bool:
+        """Whether the tables are another application's to migrate, foreign keys or not."""
+        return self.names.host_owned
 
     @property
     def metadata(self) -> MetaData:
@@ -135,6 +152,9 @@ def models_of(where: Names) -> Models:
 
     class StoredSession(Base):
         __tablename__ = where.of("sessions")
+        __table_args__ = tuple(
+            Index(where.of(name), *columns) for name, columns in PAGE_INDEXES.items()
+        )
 
         app_name: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
         user_id: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
@@ -142,6 +162,11 @@ def models_of(where: Names) -> Models:
         state: Mapped[Mapping[str, Any]] = mapped_column(Json)
         create_time: Mapped[datetime] = mapped_column(Timestamp)
         update_time: Mapped[datetime] = mapped_column(Timestamp)
+        title: Mapped[str | None] = mapped_column(KeyText(TEXT_LENGTH))
+        labels: Mapped[Mapping[str, Any] | None] = mapped_column(Json)
+        archive_time: Mapped[datetime | None] = mapped_column(Timestamp)
+        expire_time: Mapped[datetime | None] = mapped_column(Timestamp)
+        initial_state: Mapped[Mapping[str, Any] | None] = mapped_column(Json)
 
     class StoredEvent(Base):
         __tablename__ = where.of("events")
@@ -191,11 +216,33 @@ def models_of(where: Names) -> Models:
         key: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
         value: Mapped[str] = mapped_column(KeyText(TEXT_LENGTH))
 
-    mapped: list[Any] = [StoredSession, StoredEvent, StoredAppState, StoredUserState]
-    sessions, events, app_states, user_states = (model.__table__ for model in mapped)
+    class StoredStateChange(Base):
+        __tablename__ = where.of("state_changes")
+        __table_args__ = (
+            ForeignKeyConstraint(
+                ["app_name", "user_id", "session_id"],
+                [StoredSession.app_name, StoredSession.user_id, StoredSession.id],
+                ondelete="CASCADE",
+            ),
+        )
+
+        app_name: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        user_id: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        session_id: Mapped[str] = mapped_column(KeyText(KEY_LENGTH), primary_key=True)
+        # the session's: the change lies after the event that has this time, before the next one
+        revision: Mapped[datetime] = mapped_column(Timestamp, primary_key=True)
+        number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+        change_time: Mapped[datetime] = mapped_column(Timestamp)
+        delta: Mapped[Mapping[str, Any]] = mapped_column(Json)
+        deleted: Mapped[Mapping[str, Any] | None] = mapped_column(Json)
+
+    mapped: list[Any] = [
+        *(StoredSession, StoredEvent, StoredAppState, StoredUserState, StoredStateChange)
+    ]
+    sessions, events, app_states, user_states, state_changes = (model.__table__ for model in mapped)
     return Models(
-        where,
-        Base,
+        *(where, Base),
         *(StoredSession, StoredEvent, StoredAppState, StoredUserState, StoredMetadata),
-        *(sessions, events, app_states, user_states),
+        StoredStateChange,
+        *(sessions, events, app_states, user_states, state_changes),
     )

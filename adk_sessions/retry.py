@@ -15,6 +15,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from . import telemetry
 from .dialects.faults import Fault, Undecided, classify, is_database_error, translate
 from .errors import SessionStoreError
 
@@ -100,5 +101,6 @@ class Retry:
                 or time.monotonic() + pause >= deadline
             ):
                 raise failure
+            telemetry.retried()
             await asyncio.sleep(pause)
             delay = min(max(2 * delay, _FIRST_DELAY), _LONGEST_DELAY)

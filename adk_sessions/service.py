@@ -9,34 +9,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from operator import itemgetter
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from sqlalchemy import URL, Connection
+from sqlalchemy import URL
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from . import changes, checks, clock, codec, errors
+from . import changes, checks, clock, codec, errors, telemetry
 from . import state as states
 from .appends import Appends, OnStale
 from .binding import ConfigLike, E, OnBadEvent, S, encode_deltas, uncollected
 from .dialects import (
     Backend,
-    Generic,
     Pooler,
     Synchronous,
+    open_bells,
     open_engine,
     open_replica,
     open_url,
 )
 from .dialects.rows import Key, Snapshot, States
+from .history import History
 from .lean import Lean
+from .lifecycle import Lifecycle
 from .models import models
+from .moving import Moving
+from .pages import Pages
 from .retry import WINDOW, Attempt, Retry
 from .session import Event, ListSessionsResponse, Session
 from .turns import Turns
+from .watch import Watching
 
 __all__ = ["SessionService", "Store"]
 
@@ -48,7 +53,10 @@ Mode = Literal["auto", "check", "off"]
 _LARGEST_BATCH = 10_000
 
 
-class Store(Appends[S, E]):
+@telemetry.instrument
+class Store(
+    Appends[S, E], Pages[S, E], Lifecycle[S, E], History[S, E], Moving[S, E], Watching[S, E]
+):
     """Sessions, events and state in any SQL database.
 
     Args:
@@ -103,6 +111,11 @@ class Store(Appends[S, E]):
             shorthand (for google-adk's a few times faster). It needs a private switch of pydantic.
             The first events are validated both ways: where the results are not equal, or the switch
             is gone, a warning is logged and validation is the usual one.
+        notify: for PostgreSQL with asyncpg: appends tell the watchers of all services that have
+            this too, so that `watch` need not wait for its next look. Each append then waits for
+            those of all sessions at its commit: see README for what that costs. Watchers need one
+            more connection for each service and event loop, with no pooler in transaction mode
+            between.
         options: of ``sqlalchemy.ext.asyncio.create_async_engine``, such as ``pool_size``,
             ``max_overflow``, ``pool_timeout``, ``pool_recycle``, ``connect_args``. Those that shape
             a pool, ``pooler`` and the timeouts mean nothing to SQLite, where a file has one
@@ -133,6 +146,7 @@ class Store(Appends[S, E]):
         read_engine: AsyncEngine | None = None,
         row_level_security: bool = False,
         lean_validation: bool = False,
+        notify: bool = False,
         **options: Any,
     ) -> None:
         if not hasattr(self, "session_type"):
@@ -174,6 +188,7 @@ class Store(Appends[S, E]):
             path=path,
             options=options,
         )
+        self._bells = open_bells(self._database, self._statements, notify=notify)
         self._migrate = self._mode(migrate)
         if on_stale not in ("raise", "refresh"):
             raise errors.ConfigurationError("on_stale must be 'raise' or 'refresh'")
@@ -289,6 +304,7 @@ class Store(Appends[S, E]):
 
         The service may be used again afterwards; an in-memory database is then empty.
         """
+        await self._bells.close()
         await self._database.close()
         if self._replica is not None:
             await self._replica.close()
@@ -356,6 +372,7 @@ class Store(Appends[S, E]):
         config: ConfigLike | None = None,
         num_recent_events: int | None = None,
         after_timestamp: float | None = None,
+        at: str | None = None,
         replica: bool = False,
     ) -> S | None:
         """Reads a session: state and events of one moment, events in the order of their append.
@@ -368,6 +385,10 @@ class Store(Appends[S, E]):
             num_recent_events: at most so many events, the newest; 0 for none, None for all.
             after_timestamp: only events whose own timestamp (seconds since the epoch) is this or
                 later; None or 0 for all. With both, time is filtered first.
+            at: id of an event, for the session as it was right after it: the events up to it and
+                the state of then, before any `update_state` that followed; ``app:`` and ``user:``
+                keys are as they are now. An append to such a session is refused as stale, unless
+                the event is the newest.
             replica: whether it may be read from the replica, if there is one. That may lag behind:
                 the session may be missing, and an append to it be refused as stale.
 
@@ -376,6 +397,8 @@ class Store(Appends[S, E]):
 
         Raises:
             InvalidInputError: a filter is negative or not a number.
+            EventNotFoundError: the session has no event ``at``.
+            StateUnknownError: what the state was at that event is not recorded.
             UnreadableEventError: a stored event cannot be read, and ``on_bad_event`` is ``raise``.
         """
         if config is not None:
@@ -384,27 +407,33 @@ class Store(Appends[S, E]):
         checks.check_filters(num_recent_events, after_timestamp)
         after = after_timestamp or None
         key = Key(app_name, user_id, session_id)
+        self._check_at(at)
         if not checks.are_keys(*key):
             return None
         await self.prepare_tables()
-        found = await self._read(key, limit=num_recent_events, after=after, replica=replica)
+        found = await self._read_at(
+            key, at=at, limit=num_recent_events, after=after, replica=replica
+        )
         if found is None:
             return None
         events = self._events(found, after, key)
         if num_recent_events and len(events) < len(found.events) == num_recent_events:
             # some were newer by their place only: look further back for the others
-            found = await self._read(key, limit=None, after=after, replica=replica)
+            found = await self._read_at(key, at=at, limit=None, after=after, replica=replica)
             if found is None:
                 return None
             events = self._events(found, after, key)[-num_recent_events:]
         return self._session(key, found.states, found.update_time, events)
 
-    async def list_sessions(self, *, app_name: str, user_id: str | None = None) -> Any:
+    async def list_sessions(
+        self, *, app_name: str, user_id: str | None = None, archived: bool | None = False
+    ) -> Any:
         """Lists sessions with their merged state and no events, from a replica if there is one.
 
         Args:
             app_name: the application.
             user_id: the user; None for all users of the application.
+            archived: False leaves out sessions that are archived, True lists only them, None both.
 
         Returns:
             A response with the list ``sessions``, the least recently updated first.
@@ -413,7 +442,8 @@ class Store(Appends[S, E]):
             return self.list_type(sessions=[])
         await self.prepare_tables()
         found = await self._consult(
-            lambda statements, conn: statements.listing(conn, app_name, user_id), replica=True
+            lambda statements, conn: statements.listing(conn, app_name, user_id, archived),
+            replica=True,
         )
         app = codec.load_state(found.app_state)
         wider = {
@@ -531,16 +561,11 @@ class Store(Appends[S, E]):
             return {}
         await self.prepare_tables()
         now = clock.to_datetime(self._now())
-        written = await self._retry(
-            lambda: self._database.run(
-                lambda conn: self._statements.update_state(conn, key, wanted, now),
-                write=True,
-                once=True,
-            ),
-            write=False,
+        written = await self._run_once(
+            lambda conn: self._statements.update_state(conn, key, wanted, now)
         )
         if written is None:
-            raise self.not_found(f"Session {session_id!r} not found.")
+            raise self._missing(key.session_id)
         return changes.merged(written)
 
     # --- append --------------------------------------------------------------------------------
@@ -570,6 +595,7 @@ class Store(Appends[S, E]):
 
         Raises:
             SessionNotFoundError: there is no such session (any more).
+            SessionArchivedError: it is archived; nothing was stored.
             StaleSessionError: somebody else has appended since ``session`` was read. Nothing was
                 stored, ``session`` and ``event`` are as they were.
             UnreadableEventError: an event that lies between cannot be read; ``event`` is stored.
@@ -604,7 +630,8 @@ class Store(Appends[S, E]):
             The events as a list, the partial ones too.
 
         Raises:
-            SessionNotFoundError, StaleSessionError, OutcomeUnknownError: as `append_event`.
+            SessionNotFoundError, SessionArchivedError, StaleSessionError, OutcomeUnknownError: as
+                `append_event`.
             EventConflictError: some of the events are stored already, or one of the ids with other
                 content. Nothing was stored.
             InvalidInputError: a field cannot be stored, an id is there twice, or there are too many
@@ -629,36 +656,12 @@ class Store(Appends[S, E]):
 
     # --- pieces --------------------------------------------------------------------------------
 
-    async def _run(
-        self, work: Callable[[Connection], T], *, write: bool, attempt: Attempt | None = None
-    ) -> T:
-        return await self._retry(
-            lambda: self._database.run(work, write=write), write=write, attempt=attempt
-        )
-
     async def _made(self, key: Key) -> Snapshot | None:
         """The session that a create may have made whose connection was lost."""
         try:
             return await self._read(key, limit=0)
         except errors.DatabaseError as error:
             raise errors.OutcomeUnknownError.after(error) from None
-
-    async def _consult(self, work: Callable[[Generic, Connection], T], *, replica: bool) -> T:
-        if replica and self._replica is not None:
-            return await self._replica.read(work, lambda: self._consult(work, replica=False))
-        return await self._run(lambda conn: work(self._statements, conn), write=False)
-
-    async def _read(
-        self, key: Key, *, limit: int | None, after: float | None = None, replica: bool = False
-    ) -> Snapshot | None:
-        limit = None if limit is None else min(limit, 2**31 - 1)
-        moment = None if after is None else clock.just_before(clock.to_datetime(after))
-        return await self._consult(
-            lambda statements, conn: statements.read(
-                conn, key, limit=limit, after=moment, epoch=after or 0.0
-            ),
-            replica=replica,
-        )
 
 
 class SessionService(Store[Session, Event]):

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, alias_generators
 
-__all__ = ["Event", "EventActions", "GetSessionConfig", "ListSessionsResponse", "Session"]
+__all__ = [
+    "Event",
+    "EventActions",
+    "GetSessionConfig",
+    "ListSessionsResponse",
+    "Page",
+    "Session",
+    "SessionSummary",
+]
+
+T = TypeVar("T")
 
 # Field names are snake_case as in storage; JSON in camelCase, as web clients send it, is read too.
 _OPEN = ConfigDict(
@@ -26,12 +37,15 @@ class EventActions(BaseModel):
     Attributes:
         state_delta: state keys to set, each with its scope's prefix (see ``adk_sessions.state``).
         artifact_delta: file name to version.
+        rewind_before_invocation_id: takes back all events from that invocation's first on, in
+            google-adk's way: the session's own state becomes what it was before it.
     """
 
     model_config = _OPEN
 
     state_delta: dict[str, Any] = Field(default_factory=dict)
     artifact_delta: dict[str, int] = Field(default_factory=dict)
+    rewind_before_invocation_id: str | None = None
 
 
 class Event(BaseModel):
@@ -107,3 +121,43 @@ class ListSessionsResponse(BaseModel):
     """Sessions without their events, the least recently updated first."""
 
     sessions: list[Session] = Field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """What a list of conversations shows of one: neither its state nor its events.
+
+    Attributes:
+        app_name, user_id, id: the session.
+        title: None if it has none.
+        labels: by name; empty if it has none.
+        create_time, last_update_time: seconds since the epoch.
+        archive_time: when it was archived, None if it is not.
+        expire_time: from when on `prune` deletes it, None for never.
+        event_count: how many events it has, None if they were not counted.
+    """
+
+    app_name: str
+    user_id: str
+    id: str
+    title: str | None
+    labels: dict[str, str]
+    create_time: float
+    last_update_time: float
+    archive_time: float | None
+    expire_time: float | None
+    event_count: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """A part of a longer list.
+
+    Attributes:
+        items: what is on this page.
+        next_cursor: asks for the next page, with the same arguments; None after the last one. It
+            means nothing to anybody else, and may change its form with a release.
+    """
+
+    items: list[T]
+    next_cursor: str | None

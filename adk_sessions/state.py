@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 APP_PREFIX = "app:"
 USER_PREFIX = "user:"
 TEMP_PREFIX = "temp:"
+#: of every key that is not the session's own
+WIDER_PREFIXES = (APP_PREFIX, USER_PREFIX, TEMP_PREFIX)
 
 
 class Scopes(NamedTuple):

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Table, inspect
 from .dialects import Database
 from .dialects.inspection import Column, ForeignKey, Index, columns, faults, holders, indexes, keys
 from .errors import SchemaError
-from .models import INDEX, Models
+from .models import INDEX, PAGE_INDEXES, Models
 
 __all__ = ["differences", "validate_schema"]
 
@@ -44,7 +44,10 @@ def differences(conn: Connection, models: Models) -> list[str]:
     """What keeps this release from working on a database's tables, by table and column."""
     inspector = inspect(conn)
     host_owned = models.names.host_owned
-    tables = [models.sessions, models.events, models.app_states, models.user_states]
+    tables = [
+        *(models.sessions, models.events, models.app_states, models.user_states),
+        models.state_changes,
+    ]
     if not host_owned:  # google-adk looks there, and an application has no need of it
         tables.append(models.internal_metadata.__table__)
     found: list[str] = []
@@ -60,6 +63,7 @@ def differences(conn: Connection, models: Models) -> list[str]:
             *_columns(table, found_columns, models),
             *_keys(table, primary, there, found_columns),
             *(_index(there, models) if table is models.events else ()),
+            *(_page_indexes(there, models) if table is models.sessions else ()),
             *_foreign_keys(table, foreign, models),
         ]
         found += (f"{table.fullname}{line}" for line in lines)
@@ -82,7 +86,7 @@ def _columns(table: Table, there: dict[str, Column], models: Models) -> Iterator
         if column.nullable and not wanted.nullable:
             yield f".{wanted.name}: nullable, must be NOT NULL"
         # event_data never is null, though google-adk's column may be
-        if not column.nullable and wanted is models.events.c.event_exact:
+        if not column.nullable and wanted.nullable and wanted is not models.events.c.event_data:
             yield f".{wanted.name}: NOT NULL, must be nullable"
     for name, column in there.items():
         if name not in table.columns and not (column.nullable or column.filled):
@@ -131,16 +135,26 @@ def _index(there: list[Index], models: Models) -> Iterator[str]:
         )
 
 
+def _page_indexes(there: list[Index], models: Models) -> Iterator[str]:
+    """An application may do without them: its pages are then slow."""
+    if models.names.host_owned:
+        return
+    for name, wanted in PAGE_INDEXES.items():
+        if not any(index.columns[: len(wanted)] == wanted and index.valid for index in there):
+            yield f": no valid index {models.names.of(name)} on {_list(wanted)}"
+
+
 def _foreign_keys(table: Table, there: list[ForeignKey], models: Models) -> Iterator[str]:
-    sessions, events = models.sessions.fullname, table is models.events
+    sessions = models.sessions.fullname
+    child = table in (models.events, models.state_changes)
     wanted = dict(zip(_SESSION, ("app_name", "user_id", "id"), strict=True))
     must = f"{_list(_SESSION)} to {sessions} {_list(wanted.values())} ON DELETE CASCADE"
-    missing = events and not models.names.host_owned
+    missing = child and not models.names.host_owned
     for key in there:
         if not set(key.columns) <= set(table.columns.keys()):
             continue  # the application's own
         found = f": foreign key {_list(key.columns)} to {key.target} {_list(key.referred)}"
-        if not events:
+        if not child:
             if not models.names.host_owned:
                 yield f"{found}, must not be there"
             continue

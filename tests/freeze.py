@@ -38,6 +38,7 @@ TABLES = (
     "events",
     "app_states",
     "user_states",
+    "state_changes",
     VERSION_TABLE,
 )
 # The index of google-adk's earlier releases, which is nobody's business but google-adk's.
@@ -200,16 +201,21 @@ def rows(revision: str) -> Iterator[tuple[str, dict[str, str | None]]]:
     for one in conversations(revision):
         key = {"app_name": one.app, "user_id": one.user}
         times = column_times(one)
-        yield (
-            "sessions",
-            {
-                **key,
-                "id": one.id,
-                "state": dumps(one.state),
-                "create_time": moment(0),
-                "update_time": times[-1],
-            },
-        )
+        session: dict[str, str | None] = {
+            **key,
+            "id": one.id,
+            "state": dumps(one.state),
+            "create_time": moment(0),
+            "update_time": times[-1],
+        }
+        if revision >= "0005" and one.app == "notes":
+            session |= {
+                "title": "Notes, “ü” 😀",
+                "labels": dumps({"team": "a b", "ü": "😀"}),
+                "expire_time": "2999-01-02 03:04:05.000006",
+                "initial_state": "{}",
+            }
+        yield "sessions", session
         for event, time in zip(one.events, times[1:], strict=True):
             row: dict[str, str | None] = {
                 "id": event.data["id"],
@@ -222,6 +228,24 @@ def rows(revision: str) -> Iterator[tuple[str, dict[str, str | None]]]:
             if revision >= "0002":
                 row["event_exact"] = None if event.exact is None else dumps(event.exact)
             yield "events", row
+        if revision >= "0005" and one.app == "notes":
+            yield (
+                "state_changes",
+                {
+                    **key,
+                    "session_id": one.id,
+                    "revision": times[1],
+                    "number": "1",
+                    "change_time": times[1],
+                    "delta": dumps({"nan": ESCAPED["nan"][0]}),
+                    "deleted": dumps({"draft": True}),
+                },
+            )
+
+
+def tables(revision: str) -> Iterator[str]:
+    """Those that a database at that revision has."""
+    return (table for table in TABLES if table != "state_changes" or revision >= "0005")
 
 
 def column_times(one: Conversation) -> list[str]:
@@ -294,11 +318,11 @@ def freeze(revision: str, kind: str, url: str) -> None:
     statements = [insert(kind, table, row) for table, row in rows(revision)]
     # a session stands before its events, and everything else where it likes
     run_sync(run_all(url, statements))
-    dumped = [*ddl(url, kind), *run_sync(dump_rows(url, kind))]
+    dumped = [*ddl(url, kind, revision), *run_sync(dump_rows(url, kind, revision))]
     file_of(revision, kind).write_text("".join(f"{one};\n" for one in dumped), encoding="utf-8")
 
 
-def ddl(url: str, kind: str) -> list[str]:
+def ddl(url: str, kind: str, revision: str) -> list[str]:
     """The statements that make the tables, as the database itself tells them."""
     if kind == "postgresql":
         programs = find_postgres()
@@ -314,8 +338,8 @@ def ddl(url: str, kind: str) -> list[str]:
         lines = [line for line in dumped.splitlines() if line and not line.startswith(noise)]
         return "\n".join(lines).removesuffix(";").split(";\n")
     if kind == "mariadb":
-        shown = [run_sync(query(url, f"SHOW CREATE TABLE {table}"))[0][1] for table in TABLES]
-        return [str(one) for one in shown]
+        made = [f"SHOW CREATE TABLE {table}" for table in tables(revision)]
+        return [str(run_sync(query(url, one))[0][1]) for one in made]
     found = run_sync(
         query(
             url, "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL ORDER BY type DESC, rootpage"
@@ -324,11 +348,11 @@ def ddl(url: str, kind: str) -> list[str]:
     return [str(sql) for (sql,) in found]
 
 
-async def dump_rows(url: str, kind: str) -> list[str]:
+async def dump_rows(url: str, kind: str, revision: str) -> list[str]:
     statements = []
     text_type = "CHAR" if kind == "mariadb" else "TEXT"
     async with engine_for(url) as engine, engine.connect() as conn:
-        for table in TABLES:
+        for table in tables(revision):
             columns, keys = await conn.run_sync(lambda sync, t=table: columns_of(sync, t))
             quoted = [identifier(kind, name) for name in columns]
             selected = ", ".join(f"CAST({name} AS {text_type})" for name in quoted)

@@ -13,12 +13,14 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+import click
 import pytest
 from everywhere import SOAK
+from servers import Postgres, run_sync
 
 pytest.importorskip("google.adk")
 
-from benchmarks import measure, places, report
+from benchmarks import measure, notify, places, report
 from benchmarks.growth import Series
 from benchmarks.link import LOOPBACK, running_link
 from benchmarks.measure import Timing
@@ -147,3 +149,30 @@ def test_the_link_delays_each_round_trip_once_and_keeps_order() -> None:
                 near.sendall(b"?")
                 near.recv(1)
             assert link.trips() == 3
+
+
+def test_pg_notify_is_measured_by_appends_that_are_stored(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    pgbench = notify.find_pgbench()
+    if pgbench is None:
+        pytest.skip("pgbench not found: it comes with PostgreSQL")
+    with postgres.scratch_database() as url:
+        rates = notify.measure(pgbench, url, (2,), rounds=1, seconds=1)
+        assert list(rates) == [2]
+        assert all(rate > 0 for (rate,) in rates[2].values())
+        for kind in notify.KINDS:
+            stored = f"SELECT count(*) FROM events WHERE app_name = '{kind}'"
+            sessions = f"SELECT count(DISTINCT session_id) FROM events WHERE app_name = '{kind}'"
+            name = url.rpartition("/")[2]
+            assert (postgres.value(stored, name) > 0, postgres.value(sessions, name)) == (True, 2)
+
+        sql, parameters = run_sync(notify.append_of(url, True))
+        assert "pg_notify" in sql
+        assert "pg_notify" not in run_sync(notify.append_of(url, False))[0]
+        # who writes nothing is no figure
+        script, variables = notify.script_of(sql, parameters)
+        (path := tmp_path / "append.sql").write_text(script)
+        with pytest.raises(click.ClickException, match="pgbench failed"):
+            notify.rate(pgbench, url, path, 1, 1, **variables, app="nobody", user="nobody")
+    assert notify.ratio({"without": [1.0, 4.0, 2.0], "notify": [9.0, 1.0, 1.0]}) == 0.5

@@ -7,13 +7,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from inspect import signature
 from pathlib import Path
-from typing import Any
 
 import asyncpg
 import pytest
-from click.testing import CliRunner, Result
+from commands import ok, process, refused, run
 from engines import engine_for
 from scripts import run_script
 from servers import free_port, run_sync
@@ -25,35 +23,6 @@ from adk_sessions.models import TABLES, VERSION_TABLE
 
 NewDatabase = Callable[[str], str]
 every_kind = pytest.mark.parametrize("kind", ["sqlite", "postgresql", "mariadb"])
-
-
-# click before 8.2 puts both into one, unless it is told not to
-SEPARATE: dict[str, Any] = (
-    {"mix_stderr": False} if "mix_stderr" in signature(CliRunner).parameters else {}
-)
-
-
-def run(*arguments: str, url: str | None = None) -> Result:
-    """The command in this process; what it prints, and its exit status."""
-    runner = CliRunner(env={"ADK_SESSIONS_URL": url}, **SEPARATE)
-    return runner.invoke(main, arguments)
-
-
-def ok(*arguments: str, url: str | None = None) -> str:
-    done = run(*arguments, url=url)
-    assert done.exit_code == 0, done.output
-    assert done.exception is None
-    return done.stdout
-
-
-def refused(*arguments: str, url: str | None = None) -> str:
-    """A command that fails with one message and no traceback."""
-    done = run(*arguments, url=url)
-    assert done.exit_code == 1, done.output
-    assert isinstance(done.exception, SystemExit)
-    assert "Traceback" not in done.output
-    assert done.stdout == ""
-    return done.stderr
 
 
 async def tables_of(url: str, schema: str | None = None) -> set[str]:
@@ -123,6 +92,18 @@ def test_a_place_of_ones_own(kind: str, fresh_database: NewDatabase) -> None:
     assert run_sync(tables_of(url, schema)) == {"p_" + name for name in (*TABLES, VERSION_TABLE)}
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_the_schemas_life_as_processes(kind: str, fresh_database: NewDatabase) -> None:
+    url = fresh_database(kind)
+    made = process("upgrade", url=url)
+    assert made.stdout == f"From no revision to {migrate.HEAD}.\n"
+    assert process("current", url=url).stdout == f"{migrate.HEAD} (head)\n"
+    assert migrate.HEAD in process("check", url=url).stdout
+    assert process("stamp", "0003", url=url).stdout == "Stamped 0003.\n"
+    assert "CREATE TABLE" in process("sql", "--dialect", kind).stdout
+    assert process("finish-conversion", "--yes", url=url, status=1).stderr.startswith("Error: ")
+
+
 # SQL to paste
 
 
@@ -159,7 +140,7 @@ def test_row_level_security_is_printed_with_the_tables() -> None:
     assert "no schemas" in refused("sql", "--dialect", "sqlite", "--schema", "agents")
     script = ok("sql", "--dialect", "postgresql", "--rls", "--schema", "agents")
     assert script.startswith(ok("sql", "--dialect", "postgresql", "--schema", "agents"))
-    assert script.count("FORCE ROW LEVEL SECURITY") == 4
+    assert script.count("FORCE ROW LEVEL SECURITY") == 5
 
 
 # When it goes wrong

@@ -256,14 +256,14 @@ async def test_a_downgrade_and_an_upgrade_keep_every_row(
 
 async def rows(url: str) -> dict[str, list[tuple[Any, ...]]]:
     """All rows that google-adk knows of: a column of ours is gone after a downgrade."""
-    columns = "id, app_name, user_id, session_id, invocation_id, timestamp, event_data"
+    columns = {
+        "sessions": "id, app_name, user_id, state, create_time, update_time",
+        "events": "id, app_name, user_id, session_id, invocation_id, timestamp, event_data",
+    }
     return {
-        table: sorted(
-            await query(url, f"SELECT {columns if table == 'events' else '*'} FROM {table}"),
-            key=str,
-        )
+        table: sorted(await query(url, f"SELECT {columns.get(table, '*')} FROM {table}"), key=str)
         for table in TABLES
-        if table != VERSION_TABLE
+        if table not in (VERSION_TABLE, "state_changes")
     }
 
 
@@ -282,7 +282,7 @@ async def test_this_release_works_on_what_a_later_one_has_expanded(
             "ALTER TABLE events ADD COLUMN later VARCHAR(20)",
             "ALTER TABLE app_states ADD COLUMN later INTEGER",
             "ALTER TABLE user_states ADD COLUMN later INTEGER",
-            "CREATE TABLE state_changes (id INTEGER PRIMARY KEY)",
+            "CREATE TABLE later_things (id INTEGER PRIMARY KEY)",
             f"UPDATE {VERSION_TABLE} SET version_num = '9999'",
         ):
             await query(url, statement)

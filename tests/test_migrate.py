@@ -25,11 +25,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from adk_sessions import Event, MigrationLockError, SchemaError, SessionService, migrate
 from adk_sessions.dialects import open_engine, open_url
-from adk_sessions.models import TABLES, VERSION_TABLE, Names, models
+from adk_sessions.models import PAGE_INDEXES, TABLES, VERSION_TABLE, Names, models
 
 ROOT = Path(__file__).parent.parent
 KINDS = ["sqlite", "postgresql", "mariadb"]
 SERVERS = ["postgresql", "mariadb"]
+# What sessions have besides what google-adk gives them.
+ADDED = ("title", "labels", "archive_time", "expire_time", "initial_state")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 NewDatabase = Callable[[str], str]
@@ -154,9 +156,15 @@ async def test_the_tables_are_those_that_google_adk_makes(
     await use(ours)
     found, expected = await reflect(ours), await reflect(theirs)
     assert found.pop(VERSION_TABLE)
+    assert found.pop("state_changes")
     type_, nullable = found["events"]["columns"].pop("event_exact")
     assert type_.startswith("LONGTEXT" if kind == "mariadb" else "TEXT")
     assert nullable
+    sessions = found["sessions"]
+    added = [sessions["columns"].pop(column) for column in ADDED]
+    assert all(nullable for _, nullable in added)
+    assert {name for name, _ in sessions["indexes"]} == set(PAGE_INDEXES)
+    sessions["indexes"] = []
     assert without_collation(found) == without_collation(expected)
 
 
@@ -182,7 +190,7 @@ async def test_keys_on_mariadb_are_compared_by_bytes(fresh_database: NewDatabase
         "utf8mb4_nopad_bin"
     }
     assert {precision for *_, kind, _, precision in rows if kind == "datetime"} == {6}
-    assert {kind for *_, kind, _, _ in rows} == {"varchar", "datetime", "longtext"}
+    assert {kind for *_, kind, _, _ in rows} == {"varchar", "datetime", "longtext", "int"}
 
 
 @every_kind
@@ -654,8 +662,9 @@ async def test_upgrade_and_downgrade_from_the_shell(kind: str, fresh_database: N
     rows = await run(url, "SELECT id, event_data FROM events")
     await shell("downgrade", "base", url=url)
     # google-adk's own schema stays, with what is in it
-    assert set(await reflect(url)) == {*TABLES, VERSION_TABLE}
+    assert set(await reflect(url)) == {*TABLES, VERSION_TABLE} - {"state_changes"}
     assert "event_exact" not in (await reflect(url))["events"]["columns"]
+    assert not set(ADDED) & set((await reflect(url))["sessions"]["columns"])
     assert await version_of(url) == []
     assert await run(url, "SELECT id, event_data FROM events") == rows != []
     await shell("upgrade", "head", url=url)

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session as OrmSession
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from adk_sessions import SessionService
-from adk_sessions.models import TABLES, models
+from adk_sessions.models import PAGE_INDEXES, TABLES, models
 from adk_sessions.url import resolve
 
 MARIADB = mysql.dialect()
@@ -26,7 +26,9 @@ DIALECTS: dict[str, Dialect] = {
     "mysql": mysql.dialect(),
     "mariadb": MARIADB,
 }
-KEYS = {"id", "app_name", "user_id", "session_id", "invocation_id", "key", "value"}
+KEYS = {"id", "app_name", "user_id", "session_id", "invocation_id", "key", "value", "title"}
+# What google-adk's sessions do not have.
+ADDED = ("title", "labels", "archive_time", "expire_time", "initial_state")
 STATE: dict[str, Any] = {
     "a": [1, 1.0, None, {"b": True}],
     "nul": "a\0b",
@@ -63,18 +65,24 @@ def test_the_tables_are_google_adks(name: str) -> None:
     v1 = pytest.importorskip("google.adk.sessions.schemas.v1")
     dialect, theirs = DIALECTS[name], v1.Base.metadata
     ours = models().metadata
-    assert set(ours.tables) == set(theirs.tables) == set(TABLES)
-    for table in TABLES:
+    assert set(ours.tables) == set(TABLES) == {*theirs.tables, "state_changes"}
+    for table in theirs.tables:
         found, expected = shape(ours.tables[table], dialect), shape(theirs.tables[table], dialect)
         if table == "events":
             assert found.pop("event_exact") == (ddl_of_text(name), True, False)
+        if table == "sessions":
+            added = [found.pop(column) for column in ADDED]
+            assert all(nullable and not primary for _, nullable, primary in added)
         if name == "mysql":
             # keys are compared by bytes here, otherwise "bob" reads the row of "Bob"
-            added = " CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin"
-            found = {k: (v[0].removesuffix(added), *v[1:]) for k, v in found.items()}
+            bytewise = " CHARACTER SET utf8mb4 COLLATE utf8mb4_0900_bin"
+            found = {k: (v[0].removesuffix(bytewise), *v[1:]) for k, v in found.items()}
         assert found == expected
         assert references(ours.tables[table]) == references(theirs.tables[table])
-        assert indexes(ours.tables[table], dialect) == indexes(theirs.tables[table], dialect)
+        if table == "sessions":
+            assert {str(index.name) for index in ours.tables[table].indexes} == set(PAGE_INDEXES)
+        else:
+            assert indexes(ours.tables[table], dialect) == indexes(theirs.tables[table], dialect)
         primary = [[c.name for c in m.tables[table].primary_key] for m in (ours, theirs)]
         assert sorted(primary[0]) == sorted(primary[1])
 
@@ -110,7 +118,7 @@ def test_keys_are_compared_by_bytes_on_mysql_and_mariadb() -> None:
     for table in models().metadata.tables.values():
         for column in (column for column in table.columns if column.name in KEYS):
             seen.add(column.name)
-            length = 256 if column.name in ("invocation_id", "value") else 128
+            length = 256 if column.name in ("invocation_id", "value", "title") else 128
             for name, dialect in DIALECTS.items():
                 expected = f"VARCHAR({length})"
                 if name in collation:
@@ -158,7 +166,8 @@ def test_each_class_has_its_table_and_nothing_else_is_there() -> None:
     assert found.app_state.__table__ is found.app_states
     assert found.user_state.__table__ is found.user_states
     assert found.internal_metadata.__table__ is found.metadata.tables["adk_internal_metadata"]
-    assert len(found.metadata.tables) == 5
+    assert found.state_change.__table__ is found.state_changes
+    assert len(found.metadata.tables) == 6
 
 
 def stored(app_name: str) -> Any:

@@ -25,6 +25,7 @@ OWNED = {
     "events": "app_chat_events",
     "app_states": "app_chat_shared",
     "user_states": "app_chat_users",
+    "state_changes": "app_chat_changes",
 }
 
 
@@ -140,7 +141,10 @@ async def test_tables_that_the_host_owns(
     url = fresh_database(kind)
     host = models(tables=OWNED)
     async with engine_for(url) as engine, engine.begin() as conn:
-        for table in (host.sessions, host.events, host.app_states, host.user_states):
+        for table in (
+            *(host.sessions, host.events, host.app_states, host.user_states),
+            host.state_changes,
+        ):
             await conn.execute(CreateTable(table, include_foreign_key_constraints=[]))
             for index in table.indexes:
                 await conn.execute(CreateIndex(index))

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import inspect
 import os
 import re
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scripts import run_script
 
-from adk_sessions import Event, SessionService, migrate
+from adk_sessions import Event, EventActions, SessionService, migrate, moving
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -207,3 +210,52 @@ async def test_a_service_on_several_hosts() -> None:
     await run_block(block("wsrep_sync_wait"), names)
     assert names["service"]._database.engine.dialect.driver == "asyncmy"
     await names["service"].close()
+
+
+async def test_living_with_sessions(tmp_path: Path) -> None:
+    seen: list[Event] = []
+    names: dict[str, Any] = {"SessionService": SessionService, "show": seen.append}
+    names |= {"contextlib": contextlib, "moving": moving, "time": time, "timedelta": timedelta}
+    async with SessionService(f"sqlite:///{tmp_path}/chats.db") as service:
+        labelled = await service.create_session(app_name="shop", user_id="bob")
+        await service.update_session("shop", "bob", labelled.id, labels={"team": "red"})
+        session = await service.create_session(app_name="shop", user_id="ann", state={"a": 1})
+        names |= {"service": service, "session": session}
+        reader = session.model_copy(deep=True)
+        for number in range(60):
+            actions = EventActions(state_delta={"a": number})
+            await service.append_event(session, Event(id=f"{number}", actions=actions))
+
+        read = block("service.page_sessions(").replace("    ...", "    show(event)")
+        await run_block(read, names)
+        assert len(seen) == 60
+        assert [event.id for event in names["page"].items] == [f"{n}" for n in range(20, 60)]
+
+        await run_block(block("service.archive_session("), names)
+        summary = await service.describe_session("shop", "ann", session.id)
+        assert summary is not None
+        assert (summary.title, summary.labels) == ("A late parcel", {"team": "returns"})
+
+        names["event"] = session.events[1]
+        await run_block(block("service.fork_session("), names)
+        assert names["then"].state == names["copy"].state == {"a": 1}
+        assert len(names["copy"].events) == 2
+
+        follow = block("service.watch(session))").replace("show(event)", "show(event); break")
+        await run_block(follow, {**names, "session": reader})
+        assert seen[-1].id == "0"
+
+        folder = f"sqlite:///{tmp_path}"
+        moved = block("moving.copy(").replace("postgresql://app@db/agents", f"{folder}/new.db")
+        moved = moved.replace("sqlite:///chats.db", f"{folder}/chats.db")
+        await run_block(moved.replace('"shop.ndjson"', f'"{tmp_path}/shop.ndjson"'), names)
+        assert names["report"].differences == ()
+        assert names["report"].verified == 3
+        assert len((tmp_path / "shop.ndjson").read_text().splitlines()) > 60
+
+        await run_block(block("idle_for=timedelta"), names)
+        kept = await service.get_session(app_name="shop", user_id="ann", session_id=session.id)
+        assert kept is not None
+        assert len(kept.events) == 60  # nothing is that old
+        await run_block(block("erase_user("), names)
+        assert await service.list_users("shop") == ["bob"]

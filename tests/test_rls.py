@@ -45,7 +45,7 @@ from adk_sessions.dialects.rls import (
 from adk_sessions.models import models
 from adk_sessions.testing import SessionServiceContract
 
-TABLES = ("sessions", "events", "user_states", "app_states")
+TABLES = ("sessions", "events", "state_changes", "user_states", "app_states")
 BACKENDS = ("auto", "generic")
 
 
@@ -172,9 +172,12 @@ async def two(place: Place, app_name: str) -> Two:
                 state={"own": user, "user:own": user, "app:all": 1},
             )
             await service.append_event(session, Event(id="e", author=user, invocation_id="i"))
+            session.state |= await service.update_state(
+                app_name=app_name, user_id=user, session_id="s", delta={"changed": user}
+            )
             made.append(session)
     before = await stored(place, app_name)
-    assert [len(before[table]) for table in TABLES] == [2, 2, 2, 1]
+    assert [len(before[table]) for table in TABLES] == [2, 2, 2, 2, 1]
     return Two(app_name, *made)
 
 
@@ -319,6 +322,12 @@ def new_event(**state_delta: Any) -> Event:
     return Event(author="a", invocation_id="i", actions=EventActions(state_delta=state_delta))
 
 
+def back() -> Event:
+    event = new_event()
+    event.actions.rewind_before_invocation_id = "1"  # type: ignore[attr-defined]
+    return event
+
+
 CALLS: dict[str, Callable[[SessionService, str, str], Any]] = {
     "create_session": lambda s, app, user: s.create_session(app_name=app, user_id=user),
     "get_session": lambda s, app, user: s.get_session(app_name=app, user_id=user, session_id="s"),
@@ -331,6 +340,12 @@ CALLS: dict[str, Callable[[SessionService, str, str], Any]] = {
     ),
     "get_user_state": lambda s, app, user: s.get_user_state(app_name=app, user_id=user),
     "get_app_state": lambda s, app, user: s.get_app_state(app_name=app),
+    "fork_session": lambda s, app, user: s.fork_session(
+        Session(app_name=app, user_id=user, id="s")
+    ),
+    "rewind": lambda s, app, user: s.append_event(
+        marked(Session(app_name=app, user_id=user, id="s")), back()
+    ),
     "delete_session": lambda s, app, user: s.delete_session(app, user, "s"),
     "update_state": lambda s, app, user: s.update_state(
         app_name=app, user_id=user, add={"user:n": 1, "app:n": 1}
@@ -401,6 +416,7 @@ PIECES = {
     *("rows", "write", "lock", "lock_session", "lock_scope", "scope_row", "insert_if_missing"),
     *("check_size", "ping", "transaction", "commits_each_statement", "enter"),
     *("migration_lock", "rebuilding", "require_policies"),
+    *("all_apps", "whereabouts", "clear_leftovers", "insert_rows"),
 }
 # What tells the policies whose rows it is about in a way of its own.
 BY_ITSELF = {"update_state"}
@@ -476,7 +492,7 @@ BOBS = "WHERE app_name = '{app}' AND user_id = 'bob'"
 
 # Statements that must neither return nor change a row. `{app}` is the name of the app.
 NOTHING = {
-    **{f"select {table}": f"SELECT * FROM {table} {BOBS}" for table in TABLES[:3]},
+    **{f"select {table}": f"SELECT * FROM {table} {BOBS}" for table in TABLES[:4]},
     "join": "SELECT * FROM sessions s JOIN events e ON (s.app_name, s.user_id, s.id)"
     " = (e.app_name, e.user_id, e.session_id) WHERE e.user_id = 'bob'",
     "cte": "WITH a AS MATERIALIZED (SELECT * FROM events) SELECT * FROM a WHERE user_id = 'bob'",
@@ -489,9 +505,9 @@ NOTHING = {
     " LATERAL (SELECT * FROM events WHERE user_id = u.id) e",
     **{
         f"update {table}": f"UPDATE {table} SET app_name = app_name {BOBS} RETURNING *"
-        for table in TABLES[:3]
+        for table in TABLES[:4]
     },
-    **{f"delete {table}": f"DELETE FROM {table} {BOBS} RETURNING *" for table in TABLES[:3]},
+    **{f"delete {table}": f"DELETE FROM {table} {BOBS} RETURNING *" for table in TABLES[:4]},
     "take over": f"UPDATE sessions SET user_id = 'ann', id = 'mine' {BOBS} RETURNING *",
     "update from": "UPDATE sessions s SET state = 'null' FROM events e"
     " WHERE e.user_id = s.user_id AND s.user_id = 'bob' RETURNING *",
@@ -590,7 +606,7 @@ async def test_no_statement_reaches_another_users_rows(
     given = {name: value.format(app=two.app) for name, value in SETTINGS[settings].items()}
     async with connected(place.as_role(place.role), **given) as conn:
         await reaches_nothing(conn, two.app)
-        for table in TABLES[:3]:
+        for table in TABLES[:4]:
             assert await copied(conn, table) == ({"ann"} if settings == "ann" else set())
         for table in TABLES:
             assert "row-level security" in await denied(conn, f"COPY {table} FROM STDIN")
@@ -599,13 +615,13 @@ async def test_no_statement_reaches_another_users_rows(
 
 async def test_a_user_sees_and_writes_their_own(place: Place, two: Two) -> None:
     async with connected(place.as_role(place.role), app_name=two.app, user_id="ann") as conn:
-        for table in TABLES[:3]:
+        for table in TABLES[:4]:
             assert await conn.fetch(f"SELECT app_name, user_id FROM {table}") == [(two.app, "ann")]
             assert await conn.execute(f"UPDATE {table} SET app_name = app_name") == "UPDATE 1"
         assert await conn.fetch("SELECT app_name FROM app_states") == [(two.app,)]
     async with connected(place.as_role(place.role), app_name=two.app) as conn:
         seen = [len(await conn.fetch(f"SELECT * FROM {table}")) for table in TABLES]
-        assert seen == [0, 0, 0, 1]
+        assert seen == [0, 0, 0, 0, 1]
 
 
 async def test_a_user_gives_nothing_away(place: Place, two: Two) -> None:
@@ -824,7 +840,7 @@ def test_the_policies_compare_with_the_settings() -> None:
     sql = dialects.policies("postgresql", models())
     app = "app_name = nullif(current_setting('adk_sessions.app_name', true), '')"
     user = "user_id = nullif(current_setting('adk_sessions.user_id', true), '')"
-    assert sql.count(f"({app} AND {user})") == 2 * 3
+    assert sql.count(f"({app} AND {user})") == 2 * 4
     assert sql.count(f"({app})") == 2
     assert sql.count("ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;") == 4
     assert "metadata" not in sql

@@ -120,7 +120,7 @@ REFUSED: dict[str, Case] = {
     ),
     "extra column": case(
         "sessions.tenant: NOT NULL without a default, must have one or be nullable",
-        sqlite=rebuild("sessions", ("state TEXT", "tenant TEXT NOT NULL, state TEXT")),
+        sqlite=rebuild("sessions", ("\tstate TEXT", "\ttenant TEXT NOT NULL, state TEXT")),
         postgresql="ALTER TABLE sessions ADD tenant TEXT NOT NULL",
         mariadb="ALTER TABLE sessions ADD tenant INTEGER NOT NULL",
     ),
@@ -302,12 +302,17 @@ REFUSED: dict[str, Case] = {
     "primary key": case(
         "sessions: primary key is (id), must be (app_name, user_id, id)",
         f"events: no foreign key {FOREIGN_KEY}",
-        postgresql=[
-            "ALTER TABLE sessions DROP CONSTRAINT sessions_pkey CASCADE, ADD PRIMARY KEY (id)",
-        ],
         mariadb=[
             DROP_KEY["mariadb"],
             "ALTER TABLE sessions DROP PRIMARY KEY, ADD PRIMARY KEY (id)",
+        ],
+    ),
+    "primary key, and with it the foreign keys": case(
+        "sessions: primary key is (id), must be (app_name, user_id, id)",
+        f"events: no foreign key {FOREIGN_KEY}",
+        f"state_changes: no foreign key {FOREIGN_KEY}",
+        postgresql=[
+            "ALTER TABLE sessions DROP CONSTRAINT sessions_pkey CASCADE, ADD PRIMARY KEY (id)",
         ],
     ),
     "primary key of SQLite": case(
@@ -550,8 +555,8 @@ ACCEPTED: dict[str, Case] = {
         sqlite=rebuild(
             "sessions",
             (
-                "state TEXT",
-                "kind TEXT NOT NULL ON CONFLICT REPLACE DEFAULT 'UNIQUE ON CONFLICT REPLACE',"
+                "\tstate TEXT",
+                "\tkind TEXT NOT NULL ON CONFLICT REPLACE DEFAULT 'UNIQUE ON CONFLICT REPLACE',"
                 " /* UNIQUE ON CONFLICT IGNORE */ state TEXT",
             ),
         ),
@@ -693,7 +698,10 @@ async def test_all_differences_come_at_once(kind: str, fresh_database: NewDataba
 async def test_an_empty_database(kind: str, fresh_database: NewDatabase) -> None:
     assert await check(fresh_database(kind)) == [
         f"{table}: there is no such table"
-        for table in ("sessions", "events", "app_states", "user_states", "adk_internal_metadata")
+        for table in (
+            *("sessions", "events", "app_states", "user_states", "state_changes"),
+            "adk_internal_metadata",
+        )
     ]
 
 
@@ -832,8 +840,12 @@ async def test_tables_that_google_adk_made(
         await stock.create_session(app_name="a", user_id="u")
     found = await check(url)
     assert "events.event_exact: there is no such column" in found
+    assert "state_changes: there is no such table" in found
     if kind != "mariadb":
-        assert len(found) == 1
+        added = [line for line in found if line.startswith("sessions.")]
+        assert all(line.endswith(": there is no such column") for line in added)
+        indexes = [line for line in found if line.startswith("sessions: no valid index")]
+        assert (len(added), len(indexes), len(found)) == (5, 2, 9)
     else:
         collations = [line for line in found if "must be utf8mb4_nopad_bin" in line]
         assert len(collations) == 3 + 4 + 1 + 2 + 1

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, TypeVar
 
-from sqlalchemy import URL, Connection
+from sqlalchemy import URL, Connection, StaticPool
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from .. import url as urls
@@ -18,9 +18,11 @@ from . import rls
 from .adk_sqlite import is_adk_sqlite
 from .base import Generic
 from .hosts import DRIVERS, Connector
+from .jsonb import JsonbColumns
 from .mysql import MySQL, NamedLock
+from .notices import Bells, Notices, channel_of
 from .pools import Pool
-from .postgresql import JsonbColumns, PostgreSQL
+from .postgresql import PostgreSQL
 from .reads import Tables
 from .replica import Replica
 from .servers import EngineDatabase, spare_rollbacks
@@ -34,6 +36,7 @@ __all__ = [
     "Pooler",
     "Replica",
     "Synchronous",
+    "open_bells",
     "open_engine",
     "open_replica",
     "open_url",
@@ -108,6 +111,15 @@ class Database(Protocol):
 
     async def close(self) -> None:
         """Lets go of the connections that are ours."""
+        ...
+
+    @property
+    def system(self) -> str:
+        """The kind of database, as OpenTelemetry calls it."""
+        ...
+
+    def connections(self) -> tuple[int, int] | None:
+        """How many connections are in use and how many are idle; None without a pool."""
         ...
 
 
@@ -334,6 +346,34 @@ def open_replica(
             " kind, and no SQLite file."
         )
     return Replica(*copy)
+
+
+def open_bells(database: Database, statements: Generic, *, notify: bool) -> Bells:
+    """What wakes the watchers of a service.
+
+    Args:
+        database: the service's.
+        statements: what it takes; with ``notify`` its appends will tell other services.
+        notify: whether notices are sent and listened for.
+
+    Raises:
+        ConfigurationError: they cannot be, there.
+    """
+    if not isinstance(notify, bool):
+        raise ConfigurationError("notify must be True or False")
+    if not notify:
+        return Bells()
+    if not isinstance(statements, PostgreSQL) or database.engine.dialect.driver != "asyncpg":
+        raise ConfigurationError("notify=True is for PostgreSQL with asyncpg, and not 'generic'")
+    if database.behind_pooler:
+        raise ConfigurationError(
+            "notify=True needs a connection that listens, which a pooler in transaction mode does"
+            " not give"
+        )
+    if isinstance(database.engine.pool, StaticPool):
+        raise ConfigurationError("notify=True needs a second connection, which StaticPool has not")
+    statements.channel = channel_of(statements.tables)
+    return Notices(lambda: database.engine, statements.channel)
 
 
 def _check_pooler(pooler: object) -> None:

@@ -14,11 +14,13 @@ from typing import Any, ClassVar, cast
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Integer,
     Select,
     Table,
     Text,
     bindparam,
     delete,
+    func,
     insert,
     select,
     update,
@@ -26,16 +28,21 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from .. import codec
-from ..changes import Change, Changes, encode
+from ..changes import Change, Changes, encode, removed
 from .faults import Overtaken
-from .reads import Reads, Tables
+from .following import Following
+from .history import History
+from .lifecycle import Lifecycle
+from .moving import Moving
+from .pages import Pages
+from .reads import Tables
 from .rows import Deltas, Key, NewEvent, Revisions, States, event_parameters
 from .types import Timestamp
 
 TICK = timedelta(microseconds=1)
 
 
-class Generic(Reads):
+class Generic(Pages, Lifecycle, History, Moving, Following):
     """The operations for any dialect."""
 
     #: two processes never change the schema at once
@@ -52,6 +59,7 @@ class Generic(Reads):
             state=self.as_json("v_state"),
             create_time=bindparam("v_now", type_=Timestamp()),
             update_time=bindparam("v_now", type_=Timestamp()),
+            initial_state=self.same_state(),
         )
         touched = {"update_time": bindparam("v_now", type_=Timestamp())}
         session = update(tables.sessions).where(self._is_session)
@@ -73,6 +81,21 @@ class Generic(Reads):
             event_exact=bindparam("v_exact", type_=Text()),
         )
 
+        changes = tables.state_changes
+        at = bindparam("v_revision", type_=Timestamp())
+        self._last_number = select(func.max(changes.c.number)).where(
+            self._is_change, changes.c.revision == at
+        )
+        self._insert_change = insert(changes).values(
+            app_name=bindparam("k_app"),
+            user_id=bindparam("k_user"),
+            session_id=bindparam("k_session"),
+            revision=at,
+            number=bindparam("v_number", type_=Integer()),
+            change_time=bindparam("v_now", type_=Timestamp()),
+            delta=self.as_json("v_delta"),
+            deleted=self.as_json("v_deleted"),
+        )
         self._insert_scope = {table: self.insert_scope(insert(table), table) for table in scopes}
         self._set_scope = {
             table: update(table)
@@ -110,8 +133,12 @@ class Generic(Reads):
         expected: datetime | None,
         events: Sequence[NewEvent],
         deltas: Deltas,
+        *,
+        replace: bool = False,
     ) -> Revisions | None:
         """Appends events and sets their deltas, if the session is still at revision ``expected``.
+
+        Nothing is appended to a session that is archived.
 
         Args:
             conn: in a transaction if an operation needs one.
@@ -119,9 +146,11 @@ class Generic(Reads):
             expected: its revision as the caller knows it; None for any.
             events: one or more, in order.
             deltas: what all of them together set.
+            replace: the session's own state becomes what ``deltas`` has for it.
 
         Returns:
-            The session's revisions, None when it was not at ``expected`` or does not exist.
+            The session's revisions, None when it was not at ``expected``, is archived or does not
+            exist.
 
         Raises:
             IntegrityError: the session has an event with one of the ids.
@@ -129,7 +158,7 @@ class Generic(Reads):
         for event in events:
             self.check_size(conn, "event", event.text.data, event.text.exact or "")
         row = self.lock_session(conn, key, with_state=deltas.session is not None)
-        if row is None or expected not in (None, row.update_time):
+        if row is None or row.archive_time or expected not in (None, row.update_time):
             return None
         newest = conn.execute(self._newest_time, key.parameters()).scalar()
         # the newest event is past update_time only where google-adk once moved that back
@@ -137,7 +166,9 @@ class Generic(Reads):
         now = self._insert_events(conn, key, events, base)
         parameters: dict[str, Any] = {**key.parameters(), "v_now": now}
         if deltas.session is not None:
-            parameters["v_state"] = codec.merge_state(row.state, deltas.session)
+            parameters["v_state"] = (
+                deltas.session if replace else codec.merge_state(row.state, deltas.session)
+            )
             self.check_size(conn, "state", parameters["v_state"])
         self._update(conn, self._set_session[deltas.session is not None], parameters)
         self._merge_wider(conn, key, deltas, now)
@@ -180,12 +211,25 @@ class Generic(Reads):
         return States(*map(written.get, States._fields))
 
     def delete(self, conn: Connection, key: Key) -> None:
-        """Deletes a session and its events; the events too where the tables have no foreign key."""
+        """Deletes a session and its events, also where the tables have no foreign key."""
         self.lock_session(conn, key, with_state=False)
         conn.execute(delete(self.tables.events).where(self._is_event), key.parameters())
+        if not self.cascades:
+            changes = self.tables.state_changes
+            conn.execute(delete(changes).where(self._is_change), key.parameters())
         conn.execute(delete(self.tables.sessions).where(self._is_session), key.parameters())
 
     # --- what databases do differently ---------------------------------------------------------
+
+    @property
+    def cascades(self) -> bool:
+        """Whether state_changes are sure to go with their session: SQLite enforces its foreign
+        keys, and a host application has them, or not."""
+        return False
+
+    def same_state(self) -> ColumnElement[Any]:
+        """In an INSERT: what goes into the column ``state``."""
+        return self.as_json("v_state")
 
     def write(self, conn: Connection, statement: Any, parameters: dict[str, Any]) -> int:
         """Runs a statement that is built once; how many rows it wrote."""
@@ -260,7 +304,7 @@ class Generic(Reads):
 
     def session_row(self, with_state: bool) -> Select[Any]:
         s = self.tables.sessions.c
-        columns: list[ColumnElement[Any]] = [s.update_time]
+        columns: list[ColumnElement[Any]] = [s.update_time, s.archive_time]
         if with_state:
             columns.append(self.as_text(s.state).label("state"))
         return select(*columns).where(self._is_session)
@@ -329,7 +373,24 @@ class Generic(Reads):
         parameters["v_state"] = codec.merge_state(row.state, text, change.deletes)
         self.check_size(conn, "state", parameters["v_state"])
         self._update(conn, statement, parameters)
+        if table is self.tables.sessions:
+            self._record(conn, key, row.update_time, text, change, now)
         return text
+
+    def _record(
+        self,
+        conn: Connection,
+        key: Key,
+        revision: datetime,
+        text: str,
+        change: Change,
+        now: datetime,
+    ) -> None:
+        """Notes what has changed a session's own state; its row is held."""
+        parameters = {**key.parameters(), "v_revision": revision, "v_now": now}
+        last = conn.execute(self._last_number, parameters).scalar()
+        number = {"v_number": (last or 0) + 1, "v_delta": text, "v_deleted": removed(change)}
+        conn.execute(self._insert_change, parameters | number)
 
     def _merge_wider(self, conn: Connection, key: Key, deltas: Deltas, now: datetime) -> None:
         """Sets deltas in the wider scopes; rows are locked in this order."""

@@ -18,7 +18,9 @@ from sqlalchemy import (
     select,
 )
 
+from .. import replay
 from .base import Generic
+from .rows import Key
 from .sqlite import SQLite
 from .types import MYSQL_FAMILY
 
@@ -82,7 +84,8 @@ class Checkup:
 
         Columns: app_name, user_id, session_id, id, invocation_id, timestamp, event_data and
         event_exact as text; the session's update_time, None if there is no session; the session's
-        state as text, in the row of the event at which the session is, and None in all others.
+        state as text, in the row of the event at which the session is, and None in all others;
+        whether what the session began with is recorded.
         """
         e, s = self._tables.events, self._tables.sessions
         state = self._statements.as_text(s.c.state)
@@ -95,6 +98,7 @@ class Checkup:
             e.c.event_exact,
             s.c.update_time,
             case((s.c.update_time == e.c.timestamp, state)),
+            s.c.initial_state.is_not(None),
         ).select_from(e.outerjoin(s, of_session))
         # the order of the index
         ordered = self._of_app(everything, e).order_by(
@@ -108,6 +112,11 @@ class Checkup:
             keys = [table.c.get(name, null()) for name in ("app_name", "user_id", "id")]
             state = self._statements.as_text(table.c.state)
             yield from self._rows(conn, self._of_app(select(*keys, state), table))
+
+    def past(self, conn: Connection, key: Key) -> replay.Past | None:
+        """All that is recorded of a session's own state."""
+        found = self._statements.past(conn, key)
+        return None if found is None else found.past
 
     def without_app_state(self, conn: Connection) -> Iterator[Sequence[Any]]:
         """The app_name of sessions whose app has no row for its state."""

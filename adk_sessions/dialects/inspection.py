@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from sqlalchemy import Column as Wanted
-from sqlalchemy import Connection, Row, Table, inspect, text
+from sqlalchemy import Connection, Integer, Row, Table, inspect, text
 
 from .types import MYSQL_FAMILY, Json, KeyText, Timestamp
 
@@ -162,6 +162,10 @@ def _is_time(wanted: Wanted[Any]) -> bool:
     return isinstance(wanted.type, Timestamp)
 
 
+def _is_count(wanted: Wanted[Any]) -> bool:
+    return isinstance(wanted.type, Integer)
+
+
 def _no_fault(conn: Connection, found: Any, wanted: Wanted[Any]) -> str | None:
     return None
 
@@ -196,6 +200,8 @@ def _postgresql_fault(conn: Connection, found: Any, wanted: Wanted[Any]) -> str 
     elif _is_time(wanted):
         right = found.type == "timestamp" and found.modifier in (-1, 6)
         must = "TIMESTAMP WITHOUT TIME ZONE"
+    elif _is_count(wanted):
+        right, must = found.type in ("int4", "int8"), "INTEGER"
     elif length is None:
         right, must = found.type in ("text", "varchar") and found.modifier == -1, "TEXT"
     else:
@@ -290,6 +296,8 @@ def _mysql_fault(conn: Connection, found: Any, wanted: Wanted[Any]) -> str | Non
         right, must = found.type == "datetime" and found.digits == 6, "DATETIME(6)"
         if found.type == "datetime" and not right:
             spelled += " without microseconds"
+    elif _is_count(wanted):
+        right, must = found.type in ("int", "bigint"), "INTEGER"
     elif length is None:
         right, must = found.type == "longtext", "LONGTEXT"
     else:
@@ -300,7 +308,7 @@ def _mysql_fault(conn: Connection, found: Any, wanted: Wanted[Any]) -> str | Non
     exact = (
         "utf8mb4_nopad_bin" if getattr(conn.dialect, "is_mariadb", False) else "utf8mb4_0900_bin"
     )
-    if wanted.primary_key and found.collation != exact:
+    if length is not None and wanted.primary_key and found.collation != exact:
         return f"collation {found.collation}, must be {exact}"
     if found.collation is not None and not found.collation.startswith("utf8mb4"):
         return f"collation {found.collation}, must be one of utf8mb4"
@@ -394,6 +402,8 @@ def _sqlite_fault(conn: Connection, found: Any, wanted: Wanted[Any]) -> str | No
         right, must = is_text or found.type.startswith("JSON"), "TEXT"
     elif _is_time(wanted):
         right, must = is_text or found.type.startswith(("DATETIME", "TIMESTAMP")), "DATETIME"
+    elif _is_count(wanted):
+        right, must = "INT" in found.type, "INTEGER"
     else:
         length = _length(wanted)
         right, must = is_text, f"VARCHAR({length})" if length else "TEXT"

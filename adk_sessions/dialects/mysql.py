@@ -12,9 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Connection, Table, and_, bindparam, func, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Table,
+    and_,
+    bindparam,
+    case,
+    func,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects.mysql import insert as upsert
 
 from .. import codec
@@ -34,6 +45,24 @@ class NamedLock(Generic):
     """The generic path; a migration holds one of the server's named locks."""
 
     locks_migrations = True
+    quotes_json = True
+
+    def as_steps(self, event_data: ColumnElement[Any]) -> ColumnElement[Any]:
+        # the text stays as it is: what the server takes out of it need not be equal to it
+        data = self.as_text(event_data)
+        keys = func.json_length(data, "$.actions.state_delta")
+        target = func.json_extract(data, "$.actions.rewind_before_invocation_id")
+        whole = [func.json_type(data) != "OBJECT", func.coalesce(keys, 0) > 0, target.is_not(None)]
+        sets = case(*((condition, data) for condition in whole), else_="{}")
+        return case((func.json_valid(data) == 0, data), else_=sets)
+
+    @property
+    def cascades(self) -> bool:
+        return not self.tables.host_owned
+
+    def same_state(self) -> ColumnElement[Any]:
+        # a column that stands before it, so that a large state is sent once
+        return cast(ColumnElement[Any], self.tables.sessions.c.state)
 
     @contextmanager
     def migration_lock(self, conn: Connection) -> Iterator[bool]:
@@ -88,19 +117,21 @@ class MySQL(NamedLock):
         expected: datetime | None,
         events: Sequence[NewEvent],
         deltas: Deltas,
+        *,
+        replace: bool = False,
     ) -> Revisions | None:
         for event in events:
             self.check_size(conn, "event", event.text.data, event.text.exact or "")
         names = _named(deltas)
         row = self._hold(conn, key, names)
-        if row is None or expected not in (None, row.update_time):
+        if row is None or row.archive_time or expected not in (None, row.update_time):
             return None
         row = self._complete(conn, key, row, names, events[-1].timestamp)
         # The newest event is past update_time only where google-adk once moved that back: long
         # ago, so it does not matter that it is not locked.
         base = max(row.newest or row.update_time, row.update_time)
         now = self._insert_events(conn, key, events, base)
-        self._write(conn, key, row, deltas, now)
+        self._write(conn, key, row, deltas, now, replace=replace)
         return Revisions(row.update_time, now)
 
     def _insert_events(
@@ -138,7 +169,7 @@ class MySQL(NamedLock):
             session = self.tables.sessions.c
             # the rows of a subquery are not locked
             newest = self._newest_time.scalar_subquery().label("newest")
-            columns: list[Any] = [session.update_time, newest]
+            columns: list[Any] = [session.update_time, session.archive_time, newest]
             if "session" in names:
                 columns.append(self.as_text(session.state).label("session"))
             for name, table in self._scopes.items():
@@ -171,14 +202,22 @@ class MySQL(NamedLock):
         return self._hold(conn, key, names.union(missing))
 
     def _write(
-        self, conn: Connection, key: Key, row: Any, deltas: Deltas, now: datetime
+        self,
+        conn: Connection,
+        key: Key,
+        row: Any,
+        deltas: Deltas,
+        now: datetime,
+        *,
+        replace: bool = False,
     ) -> dict[str, str]:
         """Writes the session's revision and the states of deltas; the states as they are now."""
         parameters: dict[str, Any] = {**key.parameters(), "v_now": now}
         merged: dict[str, str] = {}
         for name, delta in deltas._asdict().items():
             if delta is not None:
-                merged[name] = codec.merge_state(getattr(row, name), delta)
+                whole = replace and name == "session"
+                merged[name] = delta if whole else codec.merge_state(getattr(row, name), delta)
                 self.check_size(conn, "state", merged[name])
                 parameters[f"v_{name}"] = merged[name]
                 parameters[f"v_{name}_time"] = max(now, getattr(row, f"{name}_time", now))

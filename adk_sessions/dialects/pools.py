@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from weakref import WeakSet, finalize
 
-from sqlalchemy import NullPool, QueuePool
+from sqlalchemy import Dialect, NullPool, QueuePool
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ..errors import ConfigurationError
@@ -187,6 +187,19 @@ class Pools:
                     continue
                 with suppress(Exception):
                     await asyncio.wait_for(asyncio.wrap_future(there), 2 * _GRACE)
+
+    @property
+    def dialect(self) -> Dialect:
+        """That of the engine which was last used."""
+        return (self._last or self.latest).sync_engine.dialect
+
+    def connections(self) -> tuple[int, int] | None:
+        """How many are in use and how many are idle; None where there is no queue of them."""
+        pools = [one.engine.pool for one in list(self._pools)]
+        queues = [pool for pool in pools if isinstance(pool, QueuePool)]
+        if not queues:
+            return None
+        return sum(q.checkedout() for q in queues), sum(q.checkedin() for q in queues)
 
     def forked(self) -> None:
         """Leaves to the parent what is the parent's; in the child, before anything else runs."""

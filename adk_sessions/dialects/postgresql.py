@@ -8,8 +8,7 @@ statements lock in opposite orders and deadlock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any, ClassVar
 
@@ -24,6 +23,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    and_,
     bindparam,
     case,
     cast,
@@ -32,7 +32,6 @@ from sqlalchemy import (
     insert,
     literal_column,
     select,
-    text,
     true,
     type_coerce,
     update,
@@ -41,22 +40,13 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from .. import codec
-from ..changes import Change, encode
-from ..errors import SchemaError
-from .base import Generic
+from ..changes import Change, encode, removed
+from .jsonb import JsonbColumns
+from .notices import notice_of
 from .prepared import Compiled
 from .reads import Tables
 from .rows import Deltas, Key, NewEvent, Revisions, States, event_parameters
 from .types import Timestamp
-
-# The advisory lock's key, in the database of the tables: "adksess1" as a number.
-_MIGRATION = 0x61646B7365737331
-
-# What the application has set in this session; null when it is what the session began with.
-_OWN_LOCK_TIMEOUT = text(
-    "SELECT current_setting(name) FROM pg_settings"
-    " WHERE name = 'lock_timeout' AND source = 'session'"
-)
 
 _JSON_NULL: ColumnElement[Any] = literal_column("'null'::jsonb", JSONB())
 _EMPTY: ColumnElement[Any] = literal_column("'{}'::jsonb", JSONB())
@@ -66,79 +56,31 @@ _BATCH_COLUMNS = ("k_event", "v_invocation", "v_times", "v_data", "v_exact")
 _TICK: ColumnElement[Any] = literal_column("interval '1 microsecond'")
 
 
-class JsonbColumns(Generic):
-    """The generic path over JSONB columns: for databases that speak PostgreSQL's dialect."""
-
-    locks_migrations = True
-
-    def as_text(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
-        return cast(column, Text())
-
-    def as_json(self, name: str) -> ColumnElement[Any]:
-        return cast(bindparam(name, type_=Text()), JSONB())
-
-    @contextmanager
-    def migration_lock(self, conn: Connection) -> Iterator[bool]:
-        # A lock of the session, since an index is built CONCURRENTLY, which no transaction may be
-        # around. Never waited for: a statement that waits holds a snapshot, and such a build waits
-        # for all of those.
-        _refuse_pooler(conn)
-        held = bool(conn.execute(select(func.pg_try_advisory_lock(_MIGRATION))).scalar())
-        if not held:
-            conn.commit()
-            yield False
-            return
-        # A waiting ALTER makes every reader of the table wait behind it: give up soon, try again.
-        own = conn.execute(_OWN_LOCK_TIMEOUT).scalar()
-        conn.execute(text("SET lock_timeout = '2s'"))
-        conn.commit()
-        try:
-            yield True
-        finally:
-            if not conn.invalidated:
-                conn.rollback()
-                back = "RESET lock_timeout" if own is None else f"SET lock_timeout = '{own}'"
-                conn.execute(text(back))
-                conn.execute(select(func.pg_advisory_unlock(_MIGRATION)))
-                conn.commit()
-
-
-def _refuse_pooler(conn: Connection) -> None:
-    """Refuses to migrate where a session is not one: a lock would be left with a stranger.
-
-    A pooler makes up the number that the protocol's start gives to the client.
-    """
-    driver: Any = conn.connection.driver_connection
-    told = getattr(driver, "get_server_pid", lambda: None)()
-    info = getattr(driver, "info", None)
-    told = getattr(info, "backend_pid", None) if told is None else told
-    real = conn.execute(select(func.pg_backend_pid())).scalar_one()
-    conn.commit()
-    if told is not None and real > 0 and told != real:
-        raise SchemaError(
-            "A connection pooler stands between, and a migration cannot be locked through it. Run"
-            " adk-sessions upgrade with a URL that leads to the server itself."
-        )
-
-
 class PostgreSQL(JsonbColumns):
     """Statements for PostgreSQL 13 and later, with asyncpg or psycopg."""
 
     autocommit: ClassVar[bool] = True
+    #: where appends are told to watchers; None to tell nobody
+    channel: str | None = None
 
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables)
         self._compiled: dict[Any, Compiled] = {}
         self._creates: dict[tuple[bool, bool], Any] = {}
-        self._appends: dict[tuple[bool, bool, bool, bool, bool], Any] = {}
+        self._appends: dict[tuple[bool, bool, bool, bool, bool, bool], Any] = {}
         self._changes: dict[Table, tuple[Any, Any]] = {}
         session = (
             delete(tables.sessions).where(self._is_session).returning(tables.sessions.c.id).cte("s")
         )
-        self._delete = delete(tables.events).where(
-            # the session first: whoever appends holds its row before writing an event
-            self._is_event,
-            tables.events.c.session_id.in_(select(session.c.id)),
+        # the session first: whoever appends holds its row before writing an event
+        held = select(session.c.id)
+        changes = delete(tables.state_changes).where(
+            self._is_change, tables.state_changes.c.session_id.in_(held)
+        )
+        self._delete = (
+            delete(tables.events)
+            .where(self._is_event, tables.events.c.session_id.in_(held))
+            .add_cte(changes.cte("c"))
         )
 
     def rows(
@@ -201,6 +143,7 @@ class PostgreSQL(JsonbColumns):
                 state=self.as_json("v_state"),
                 create_time=bindparam("v_now", type_=Timestamp()),
                 update_time=bindparam("v_now", type_=Timestamp()),
+                initial_state=self.same_state(),
             )
             .returning(
                 sessions.c.app_name, sessions.c.user_id, sessions.c.id, sessions.c.update_time
@@ -220,12 +163,14 @@ class PostgreSQL(JsonbColumns):
         )
         # Tables without a foreign key: a delete cannot see the event that an append committed while
         # the delete waited for the session's row. Whoever takes the id again clears it away.
-        left_over = (
-            delete(self.tables.events)
-            .where(self._is_event, self.tables.events.c.session_id.in_(select(session.c.id)))
-            .cte("d")
+        made = select(session.c.id)
+        events = delete(self.tables.events).where(
+            self._is_event, self.tables.events.c.session_id.in_(made)
         )
-        return select(app_state, user_state).add_cte(left_over)
+        changes = delete(self.tables.state_changes).where(
+            self._is_change, self.tables.state_changes.c.session_id.in_(made)
+        )
+        return select(app_state, user_state).add_cte(events.cte("d"), changes.cte("c"))
 
     def append(
         self,
@@ -234,10 +179,12 @@ class PostgreSQL(JsonbColumns):
         expected: datetime | None,
         events: Sequence[NewEvent],
         deltas: Deltas,
+        *,
+        replace: bool = False,
     ) -> Revisions | None:
         batch = len(events) > 1
         named = (deltas.session is not None, deltas.app is not None, deltas.user is not None)
-        shape = (*named, batch, expected is None)
+        shape = (*named, batch, expected is None, replace)
         statement = self._appends.get(shape)
         if statement is None:
             statement = self._appends[shape] = self._append(*shape)
@@ -249,22 +196,30 @@ class PostgreSQL(JsonbColumns):
             "v_app": deltas.app,
             "v_user": deltas.user,
         }
+        if self.channel is not None:
+            parameters["v_notice"] = notice_of(key)
         rows = self.rows(conn, statement, parameters)
-        return Revisions(*rows[0]) if rows else None
+        return Revisions(*rows[0][:2]) if rows else None
 
     def _append(
-        self, session_delta: bool, app_delta: bool, user_delta: bool, batch: bool, anyhow: bool
+        self,
+        session_delta: bool,
+        app_delta: bool,
+        user_delta: bool,
+        batch: bool,
+        anyhow: bool,
+        replace: bool,
     ) -> Any:
         sessions, events = self.tables.sessions, self.tables.events
         time = Timestamp()
         before: ColumnElement[Any] = bindparam("k_expected", type_=time)
-        current = sessions.c.update_time == before
+        current = and_(sessions.c.update_time == before, *self.is_archived(False))
         if anyhow:
             # what RETURNING gives is the new row; the old one is read where it is locked, which
             # sees what a writer has committed that was waited for
             old = (
                 select(sessions.c.id, sessions.c.update_time)
-                .where(self._is_session)
+                .where(self._is_session, *self.is_archived(False))
                 .with_for_update()
                 .cte("o")
             )
@@ -279,7 +234,8 @@ class PostgreSQL(JsonbColumns):
             )
         }
         if session_delta:
-            values["state"] = _merged(sessions.c.state, self.as_json("v_state"))
+            delta = self.as_json("v_state")
+            values["state"] = delta if replace else _merged(sessions.c.state, delta)
         session = (
             update(sessions)
             .where(self._is_session, current)
@@ -336,7 +292,12 @@ class PostgreSQL(JsonbColumns):
                     self.tables.user_states, "u", session, "v_user", merge=True, after=after
                 )
             )
-        return select(session.c.before, session.c.update_time).add_cte(*writes)
+        revisions = select(session.c.before, session.c.update_time)
+        if self.channel is not None:
+            notice = bindparam("v_notice", type_=Text())
+            channel = literal_column(f"'{self.channel}'", Text())
+            revisions = revisions.add_columns(func.pg_notify(channel, notice))
+        return revisions.add_cte(*writes)
 
     def _upsert(
         self,
@@ -387,6 +348,7 @@ class PostgreSQL(JsonbColumns):
             return None
         text = encode(change, codec.load_state(row[0]))
         parameters = {"v_state": text, "v_keys": deleted, "v_now": now}
+        parameters["v_deleted"] = removed(change)
         self._update(conn, write, {**key.parameters(), **parameters})
         return text
 
@@ -410,10 +372,31 @@ class PostgreSQL(JsonbColumns):
         if not is_session:
             now = bindparam("v_now", type_=Timestamp())
             values["update_time"] = func.greatest(table.c.update_time, now)
-        return (
-            select(some.scalar_subquery()).where(where).with_for_update(of=table),
-            update(table).where(where).values(values),
+        write: Any = update(table).where(where).values(values)
+        if is_session:
+            write = self._recording(write)
+        return select(some.scalar_subquery()).where(where).with_for_update(of=table), write
+
+    def _recording(self, write: Any) -> Any:
+        """Notes what changes a session's own state, in the statement that does so."""
+        sessions, changes = self.tables.sessions.c, self.tables.state_changes
+        ids = (sessions.app_name, sessions.user_id, sessions.id)
+        session = write.returning(*ids, sessions.update_time).cte("s")
+        last = select(func.max(changes.c.number)).where(
+            self._is_change, changes.c.revision == session.c.update_time
         )
+        columns: dict[str, ColumnElement[Any]] = {
+            "app_name": session.c.app_name,
+            "user_id": session.c.user_id,
+            "session_id": session.c.id,
+            "revision": session.c.update_time,
+            "number": func.coalesce(last.scalar_subquery(), literal_column("0"))
+            + literal_column("1"),
+            "change_time": bindparam("v_now", type_=Timestamp()),
+            "delta": self.as_json("v_state"),
+            "deleted": self.as_json("v_deleted"),
+        }
+        return insert(changes).from_select(list(columns), select(*columns.values()))
 
     def delete(self, conn: Connection, key: Key) -> None:
         self.write(conn, self._delete, key.parameters())

@@ -18,6 +18,8 @@ from sqlalchemy import (
     Text,
     and_,
     bindparam,
+    case,
+    delete,
     literal_column,
     null,
     or_,
@@ -42,6 +44,10 @@ class Tables(Protocol):
     def app_states(self) -> Table: ...
     @property
     def user_states(self) -> Table: ...
+    @property
+    def state_changes(self) -> Table: ...
+    @property
+    def host_owned(self) -> bool: ...
 
 
 class Reads:
@@ -67,6 +73,12 @@ class Reads:
             e.user_id == bindparam("k_user"),
             e.session_id == bindparam("k_session"),
         )
+        changes = tables.state_changes.c
+        self._is_change = and_(
+            changes.app_name == bindparam("k_app"),
+            changes.user_id == bindparam("k_user"),
+            changes.session_id == bindparam("k_session"),
+        )
         self._is_app = tables.app_states.c.app_name == bindparam("k_app")
         self._is_user = and_(
             tables.user_states.c.app_name == bindparam("k_app"),
@@ -80,7 +92,7 @@ class Reads:
         self._app_state = select(self.as_text(app.c.state)).where(self._is_app)
         self._user_state = select(self.as_text(user.c.state)).where(self._is_user)
         self._reads: dict[tuple[bool, bool], Any] = {}
-        self._lists: dict[bool, Any] = {}
+        self._lists: dict[tuple[bool, bool | None], Any] = {}
         self._catch_up = union_all(
             self._head(),
             self._event_rows(
@@ -123,7 +135,10 @@ class Reads:
         return select(
             literal_column("0").label("kind"),
             s.id,
-            null().label("invocation_id"),
+            # where events have their invocation
+            case((s.archive_time.is_not(None), literal_column("'archived'"))).label(
+                "invocation_id"
+            ),
             s.update_time.label("time"),
             self.as_text(s.state).label("data"),
             null().label("exact"),
@@ -199,11 +214,25 @@ class Reads:
         rows = self.rows(conn, self._revision, key.parameters())
         return (rows[0][0], rows[0][1]) if rows else None
 
-    def listing(self, conn: Connection, app_name: str, user_id: str | None) -> Listing:
-        """The sessions of an app, or of one user of it, in no order."""
-        statement = self._lists.get(user_id is not None)
+    def listing(
+        self,
+        conn: Connection,
+        app_name: str,
+        user_id: str | None,
+        archived: bool | None = False,
+    ) -> Listing:
+        """The sessions of an app, or of one user of it, in no order.
+
+        Args:
+            conn: a connection.
+            app_name: the app.
+            user_id: the user, None for all.
+            archived: False without those that are archived, True only them, None both.
+        """
+        shape = (user_id is not None, archived)
+        statement = self._lists.get(shape)
         if statement is None:
-            statement = self._lists[user_id is not None] = self._list_statement(user_id is not None)
+            statement = self._lists[shape] = self._list_statement(*shape)
         app_state: str | None = None
         user_states: dict[str, str] = {}
         sessions: list[Listed] = []
@@ -217,7 +246,15 @@ class Reads:
                 app_state = data
         return Listing(app_state, user_states, sessions)
 
-    def _list_statement(self, one_user: bool) -> Any:
+    def is_archived(self, archived: bool | None) -> list[ColumnElement[bool]]:
+        """Conditions on sessions: False for those that are not archived, True for those that are,
+        None for all."""
+        if archived is None:
+            return []
+        time = self.tables.sessions.c.archive_time
+        return [time.is_not(None) if archived else time.is_(None)]
+
+    def _list_statement(self, one_user: bool, archived: bool | None) -> Any:
         t = self.tables
         s, u, a = t.sessions.c, t.user_states.c, t.app_states.c
         sessions = select(
@@ -226,7 +263,7 @@ class Reads:
             s.id,
             s.update_time,
             self.as_text(s.state),
-        ).where(s.app_name == bindparam("k_app"))
+        ).where(s.app_name == bindparam("k_app"), *self.is_archived(archived))
         users = select(literal_column("1"), u.user_id, null(), null(), self.as_text(u.state)).where(
             u.app_name == bindparam("k_app")
         )
@@ -247,6 +284,11 @@ class Reads:
         """The user's encoded state."""
         rows = self.rows(conn, self._user_state, {"k_app": app_name, "k_user": user_id})
         return rows[0][0] if rows else None
+
+    def clear_leftovers(self, conn: Connection, key: Key) -> None:
+        """Deletes what tables without a foreign key may still have of a session that is gone."""
+        conn.execute(delete(self.tables.events).where(self._is_event), key.parameters())
+        conn.execute(delete(self.tables.state_changes).where(self._is_change), key.parameters())
 
     def ping(self, conn: Connection) -> None:
         """Asks the database for an answer."""

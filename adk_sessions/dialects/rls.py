@@ -13,13 +13,14 @@ from datetime import datetime
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
-from sqlalchemy import Connection, String, bindparam, func, select, text, true
+from sqlalchemy import Connection, String, Table, bindparam, func, select, text, true
 from sqlalchemy.dialects.postgresql import dialect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ..changes import Changes
 from ..errors import InvalidInputError, SchemaError
-from .postgresql import JsonbColumns, PostgreSQL
+from .jsonb import JsonbColumns
+from .postgresql import PostgreSQL
 from .reads import Tables
 from .rows import Key, States
 
@@ -29,6 +30,15 @@ T = TypeVar("T")
 OPERATIONS = (
     *("create", "append", "delete", "read", "catch_up", "revision"),
     *("listing", "app_state", "user_state"),
+    *("session_count", "session_keys", "app_scope", "user_scopes"),
+    *("session_head", "session_events", "session_changes"),
+    *("news", "event_time"),
+    *("read_at", "past", "fork"),
+    *("sessions_page", "summary", "events_page", "events_until", "has_event", "users", "apps"),
+    *("details", "set_details"),
+    *("prunable", "count_prunable", "remove_sessions", "count_sessions"),
+    *("beginning", "recorded_changes", "cut_beginning"),
+    *("count_of_user", "remove_rest_of_user"),
 )
 
 _POLICY = "adk_sessions"
@@ -50,6 +60,14 @@ _POLICIES = text(
 _EXEMPT = text("SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user")
 
 
+def _bound(tables: Tables) -> tuple[Table, ...]:
+    """The tables with rows of users."""
+    return (
+        *(tables.sessions, tables.events, tables.state_changes),
+        *(tables.user_states, tables.app_states),
+    )
+
+
 def policies(tables: Tables) -> str:
     """SQL that lets a role see and write only the rows of the app and the user that it has named.
 
@@ -58,7 +76,7 @@ def policies(tables: Tables) -> str:
     """
     quoted = dialect().identifier_preparer.format_table  # type: ignore[no-untyped-call]
     statements = ["BEGIN"]
-    for table in (tables.sessions, tables.events, tables.user_states, tables.app_states):
+    for table in _bound(tables):
         name = quoted(table)
         rows = " AND ".join(
             f"{column} = nullif(current_setting('{setting}', true), '')"
@@ -148,13 +166,7 @@ class Contained(JsonbColumns):
         Raises:
             SchemaError: rows of other users could be reached, and why.
         """
-        names = {
-            table.name: table.schema
-            for table in (
-                *(self.tables.sessions, self.tables.events),
-                *(self.tables.app_states, self.tables.user_states),
-            )
-        }
+        names = {table.name: table.schema for table in _bound(self.tables)}
         schema = next(iter(names.values()))
         found = {
             name: (enabled and forced, policies)

@@ -78,6 +78,7 @@ class Snapshot:
     update_time: datetime
     states: States
     events: list[StoredEvent]
+    archived: bool = False
 
 
 class Listed(NamedTuple):
@@ -120,6 +121,7 @@ def snapshot(rows: Iterable[Any]) -> Snapshot | None:
             events.append(StoredEvent._make(row[1:6]))
     if head is None:
         return None
-    _, _, _, update_time, state, _, create_time, app_state, user_state = head
+    _, _, archived, update_time, state, _, create_time, app_state, user_state = head
     events.sort(key=itemgetter(2, 0))
-    return Snapshot(create_time, update_time, States(app_state, user_state, state), events)
+    states = States(app_state, user_state, state)
+    return Snapshot(create_time, update_time, states, events, archived is not None)

@@ -174,6 +174,16 @@ class EngineDatabase:
         """Disposes the engines that the service made."""
         await self._pools.close()
 
+    @property
+    def system(self) -> str:
+        """The kind of database; which of two that speak one language is known once connected."""
+        dialect = self._pools.dialect
+        return "mariadb" if getattr(dialect, "is_mariadb", False) else dialect.name
+
+    def connections(self) -> tuple[int, int] | None:
+        """How many connections are in use and how many are idle, in all event loops."""
+        return self._pools.connections()
+
     def _turn(self, pool: Pool) -> Any:
         if not self._shared:
             return nullcontext()

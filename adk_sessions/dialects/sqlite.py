@@ -116,6 +116,8 @@ class SQLite(Generic):
 
     locks_migrations = True
     rebuilds_in_transaction = True
+    compares_rows = True
+    raw_times = True
 
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables)
@@ -125,7 +127,8 @@ class SQLite(Generic):
         # such a number, the generic way finds out what is next
         newest = func.coalesce(self._newest_time.scalar_subquery(), expected)
         current = and_(
-            key, s.c.update_time == expected, newest.between(literal_column("''"), expected)
+            *(key, s.c.update_time == expected, *self.is_archived(False)),
+            newest.between(literal_column("''"), expected),
         )
         self._state = select(self.as_text(s.c.state)).where(current)
         self._touch = update(s).where(current).values(update_time=now)
@@ -153,6 +156,8 @@ class SQLite(Generic):
         expected: datetime | None,
         events: Sequence[NewEvent],
         deltas: Deltas,
+        *,
+        replace: bool = False,
     ) -> Revisions | None:
         if expected is None:
             current = self.revision(conn, key)
@@ -165,10 +170,11 @@ class SQLite(Generic):
         if deltas.session is None:
             found = self.write(conn, self._touch, parameters) > 0
         elif found := bool(rows := self.rows(conn, self._state, parameters)):
-            parameters["v_state"] = _padded(codec.merge_state(rows[0][0], deltas.session))
+            merged = deltas.session if replace else codec.merge_state(rows[0][0], deltas.session)
+            parameters["v_state"] = _padded(merged)
             self.write(conn, self._set_session[True], parameters)
         if not found:
-            return super().append(conn, key, expected, events, deltas)
+            return super().append(conn, key, expected, events, deltas, replace=replace)
         self._insert_events(conn, key, events, expected)
         self._merge_wider(conn, key, deltas, now)
         return Revisions(expected, now)
@@ -342,6 +348,7 @@ class SQLiteDatabase:
 
     behind_pooler = False
     reached = True
+    system = "sqlite"
 
     def __init__(
         self,
@@ -403,6 +410,9 @@ class SQLiteDatabase:
         future = lane.submit(work, kind)
         # the thread cannot be stopped: a write commits or fails before the caller goes on
         return await (finished(future, wait=True) if write else future)
+
+    def connections(self) -> None:
+        """There is no pool: one connection reads, and one writes."""
 
     def is_missing(self) -> bool:
         """Whether there is no such file yet; one that is named by a URI is taken to be there."""

@@ -167,7 +167,7 @@ class Layout:
         new = self.new[name].c
         known = and_(
             *(
-                new[key] == _comparable(self.conn, old)
+                new[key] == comparable(self.conn, old)
                 for key, old in zip(KEYS[name], self.true_keys[name], strict=True)
             )
         )
@@ -175,7 +175,7 @@ class Layout:
             rows = select(*columns).select_from(self.sources[name]).where(~exists().where(known))
         else:
             is_new = new.app_name.is_(None)
-            changed = new.state != _comparable(self.conn, self.old[name].c.state)
+            changed = new.state != comparable(self.conn, self.old[name].c.state)
             rows = select(*columns, is_new.label("is_new")).where(or_(is_new, changed))
             rows = rows.select_from(self.old[name].outerjoin(self.new[name], known))
         return rows.order_by(*self.keys[name])
@@ -399,7 +399,7 @@ def _utc(conn: Connection, column: ColumnElement[Any]) -> ColumnElement[Any]:
     return type_coerce(moment, column.type if conn.dialect.name == "sqlite" else Timestamp())
 
 
-def _comparable(conn: Connection, column: ColumnElement[Any]) -> ColumnElement[Any]:
+def comparable(conn: Connection, column: ColumnElement[Any]) -> ColumnElement[Any]:
     """An old text column, to be compared with a new one by bytes.
 
     Old columns may have any character set and a collation that takes a capital for a small letter.
