@@ -18,7 +18,7 @@ from .errors import (
     StateUnknownError,
     UnreadableEventError,
 )
-from .lifecycle import KEEP, ErasureReport
+from .lifecycle import ErasureReport
 from .retention import PruneReport
 from .service import SessionService, Store
 from .session import (
@@ -32,7 +32,6 @@ from .session import (
 )
 
 __all__ = [
-    "KEEP",
     "AlreadyExistsError",
     "ConfigurationError",
     "ConversionRefusedError",

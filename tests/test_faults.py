@@ -105,6 +105,10 @@ async def behind(
             for one in (service, direct):
                 await stack.enter_async_context(one)
                 await one.prepare_tables()
+            if kind == "postgresql":
+                # a connection that has built an index concurrently names its isolation level with
+                # each BEGIN from then on, READ COMMITTED, which looks like a COMMIT
+                await engine.dispose()
             return Line(proxy, service, direct, engine, url, app_name)
 
         yield make
