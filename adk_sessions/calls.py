@@ -32,26 +32,19 @@ class Links(NamedTuple):
     rewinds: str | None = None
 
 
-def called(event: Any) -> set[str]:
-    """Ids of the function calls that an event makes."""
-    return {id_ for id_, _ in parts(event, "function_call")}
-
-
-def answered(event: Any) -> set[str]:
-    """Ids of the function calls that an event has responses to."""
-    return {id_ for id_, _ in parts(event, "function_response")}
-
-
 def links(event: Any) -> Links:
     """All that ties an event to others."""
     rewinds = _field(_field(event, "actions"), "rewind_before_invocation_id")
     invocation_id = _field(event, "invocation_id")
-    calls = frozenset(called(event))
+    called, answered = (
+        frozenset(id_ for id_, _ in parts(event, kind))
+        for kind in ("function_call", "function_response")
+    )
     lasting = _field(event, "long_running_tool_ids")
     return Links(
-        calls,
-        frozenset(answered(event)),
-        calls.intersection(lasting) if isinstance(lasting, list | set) else frozenset(),
+        called,
+        answered,
+        called.intersection(lasting) if isinstance(lasting, list | set) else frozenset(),
         invocation_id if isinstance(invocation_id, str) else "",
         rewinds if isinstance(rewinds, str) and rewinds else None,
     )
@@ -97,18 +90,6 @@ def cut_at_most(history: Sequence[Links], most: int) -> int:
     for first, second in sorted(spans(history), key=lambda span: span[1], reverse=True):
         if first < cut <= second:
             cut = first
-    return cut
-
-
-def cut_at_least(history: Sequence[Links], least: int) -> int:
-    """The smallest number of first events, not less than ``least``, that can be cut off.
-
-    Nothing that belongs together is then on both sides; all of them if there is no other way.
-    """
-    cut = min(least, len(history))
-    for first, second in sorted(spans(history)):
-        if first < cut <= second:
-            cut = second + 1
     return cut
 
 

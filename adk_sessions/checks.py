@@ -74,6 +74,12 @@ def check_filters(num_recent_events: object, after_timestamp: object) -> None:
         )
 
 
+def check_one_of(value: object, known: tuple[object, ...], field: str) -> None:
+    """Refuses what is not one of a few strings or constants; 0 is not False."""
+    if not any(value is one or (isinstance(value, str) and value == one) for one in known):
+        raise InvalidInputError(f"{field} must be {' or '.join(map(repr, known))}", field=field)
+
+
 def check_event(event: Any) -> None:
     """Refuses an event whose own fields cannot be stored."""
     check_key(event.id, "event.id")

@@ -10,12 +10,14 @@ value of a state.
 
 from __future__ import annotations
 
+import json
+import tempfile
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from sqlalchemy import Connection, inspect
 
@@ -205,7 +207,7 @@ async def examine(
 
     def work(conn: Connection) -> Report:
         look = _Look(service, since, rows)
-        with unchanging(conn, service._statements):
+        with closing(look.doubtful), unchanging(conn, service._statements):
             look.at_everything(conn, Checkup(service._statements, app_name), progress)
         return look.report
 
@@ -226,8 +228,9 @@ class _Look:
         self._since = since
         self._limit = limit
         self.report = Report(since=since)
-        # sessions whose recorded state is to be compared with that which they have
-        self.doubtful: list[_Session] = []
+        # sessions whose recorded state is to be compared with that which they have, a line each:
+        # there may be as many as there are, and who still reads the events can ask nothing else
+        self.doubtful: IO[str] = tempfile.SpooledTemporaryFile(2**20, "w+")  # noqa: SIM115
 
     def at_everything(
         self, conn: Connection, rows: Checkup, progress: Callable[[int, int], None] | None
@@ -263,8 +266,11 @@ class _Look:
             if progress and report.events % PAGE == 0:
                 progress(report.events, total)
         self._end(session)
-        for differing in self.doubtful:
-            self._compare(rows.past(conn, differing.key), differing)
+        self.doubtful.seek(0)
+        for line in self.doubtful:
+            *ids, differing = json.loads(line)
+            key = Key(*ids)
+            self.differs(key, self._compared(rows.past(conn, key), differing))
         if progress:
             progress(report.events, total)
 
@@ -272,14 +278,22 @@ class _Look:
         if session is not None:
             session.end()
 
-    def _compare(self, past: replay.Past | None, session: _Session) -> None:
-        """Looks once more at a state that is not what events set: changes are recorded, too."""
+    def doubt(self, key: Key, differing: list[str]) -> None:
+        """Notes a session to be looked at once more: changes are recorded, too."""
+        self.doubtful.write(json.dumps([*key, differing]) + "\n")
+
+    def _compared(self, past: replay.Past | None, differing: list[str]) -> list[str]:
+        """The keys that are not what events and changes have set."""
         if past is None:
-            return
+            return []
         with suppress(StateUnknownError):
-            recorded = replay.state_before(past, len(past.steps))
-            session.differing = replay.differing(recorded, past.current)
-        session.say_what_differs()
+            return replay.differing(replay.state_before(past, len(past.steps)), past.current)
+        return differing
+
+    def differs(self, key: Key, differing: list[str]) -> None:
+        """Says which keys of a session's state are not what is recorded."""
+        if differing:
+            self.add("state_differs", Row(*key, detail=", ".join(map(repr, sorted(differing)))))
 
     def add(self, kind: Kind, row: Row) -> bool:
         """Counts a finding; whether it is one of those that are named."""
@@ -369,15 +383,9 @@ class _Session:
     def end(self) -> None:
         """Says what only the whole session shows."""
         if self.differing and self._is_recorded:
-            self._state, self._set, self._answered = None, set(), set()
-            self._look.doubtful.append(self)
+            self._look.doubt(self.key, self.differing)
         else:
-            self.say_what_differs()
-
-    def say_what_differs(self) -> None:
-        if self.differing:
-            keys = ", ".join(map(repr, sorted(self.differing)))
-            self._look.add("state_differs", Row(*self.key, detail=keys))
+            self._look.differs(self.key, self.differing)
 
     def _is_rewound(self, event: dict[str, Any], invocation_id: str) -> bool:
         if self._rewinding is not None:

@@ -102,7 +102,7 @@ class EventNotFoundError(SessionStoreError, ValueError):
 
 
 class StateUnknownError(SessionStoreError):
-    """What the session's state was at this event is not recorded, and cannot be told from the events: the session was made by other software, or its first events by an older release. A later event may do."""  # noqa: E501
+    """What the session's state was at this event is not recorded, and cannot be told from the events: other software or an older release has made the session, or changed its state. A later event may do."""  # noqa: E501
 
 
 class SchemaError(SessionStoreError):

@@ -31,6 +31,7 @@ class History(Operations[S, E]):
             session: of which; only its ids matter, it need not be up to date.
             at: id of the last event to copy; None for all of them, and the state as it is now,
                 with what `update_state` has changed since the last.
+                Exact as `get_session` with the same.
             session_id: the copy's, taken as it is; one is made if None.
 
         Returns:

@@ -19,7 +19,7 @@ VALUE_LENGTH = 256
 
 
 def check_labels(labels: object, *, removing: bool = False) -> None:
-    """Refuses what is not a dict of at most 64 short strings.
+    """Refuses what is not a mapping of at most 64 short strings.
 
     Args:
         labels: keys of 1 to 64 characters, values of at most 256, no NUL and no lone surrogate.
@@ -28,8 +28,8 @@ def check_labels(labels: object, *, removing: bool = False) -> None:
     Raises:
         InvalidInputError: they are not; ``field`` is ``labels``.
     """
-    if not isinstance(labels, dict):
-        raise _refused("must be a dict of strings")
+    if not isinstance(labels, Mapping):
+        raise _refused("must be a mapping of strings")
     if len(labels) > MOST:
         raise _refused(f"are {len(labels)}; at most {MOST} are stored")
     for key, value in labels.items():

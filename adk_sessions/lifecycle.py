@@ -184,12 +184,14 @@ class Lifecycle(Retention[S, E]):
 
         Raises:
             InvalidInputError: an id is none that can be stored.
+            ConfigurationError: policies of row level security hide rows from this role.
             DatabaseError: it failed, and may be repeated; before anything is deleted if this role
                 may not read one of the tables, or not delete from the backups.
         """
         checks.check_key(app_name, "app_name")
         checks.check_key(user_id, "user_id")
         await self.prepare_tables()
+        await self._run(self._statements.require_sight, write=False)
         found, backups = await self._scanned(app_name, user_id)
         if dry_run:
             return _report(found, backups, left=sum(found) + backups)

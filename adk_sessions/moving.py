@@ -59,7 +59,8 @@ class Moving(Operations[S, E]):
 
         Raises:
             InvalidInputError: ``session_id`` without ``user_id``.
-            ConfigurationError: all users are asked for, with ``row_level_security``.
+            ConfigurationError: all users are asked for, with ``row_level_security``; or policies
+                hide rows from this role without it.
             DatabaseError: the database failed, or a session never stood still.
         """
         if session_id is not None and user_id is None:
@@ -71,6 +72,7 @@ class Moving(Operations[S, E]):
             )
         there = checks.are_keys(app_name, user_id or "", session_id or "")
         await self.prepare_tables()
+        await self._run(self._statements.require_sight, write=False)
         counts, total = dict.fromkeys(portable.COUNTED.values(), 0), int(session_id is not None)
         if there and session_id is None:
             total = await self._look_up(self._statements.session_count, app_name, user_id)
@@ -337,7 +339,7 @@ async def copy(
         raise errors.InvalidInputError("there is no such file to copy from", field="source")
     await _refuse_itself(source, target)
     await source.prepare_tables()
-    apps = [app_name] if app_name else await source._look_up(source._statements.all_apps)
+    apps = [app_name] if app_name is not None else await source._look_up(source._statements.apps)
     look_up, count = source._look_up, source._statements.session_count
     steps = _Steps(progress, 2 * sum([await look_up(count, app, user_id) for app in apps]))
     report = CopyReport()

@@ -27,6 +27,10 @@ Direction = Literal["forward", "backward"]
 # Of one page.
 _MOST = 1000
 
+# Events that are looked at for what an aligned page lacks: so many, or so many times its limit.
+_AHEAD = 1000
+_AHEAD_TIMES = 10
+
 # An id that JSON writes as it is.
 _PLAIN = re.compile(r"[\w.:-]+", re.ASCII)
 
@@ -64,20 +68,22 @@ class Pages(Operations[S, E]):
                 ``limit`` and ``counts``; None for the first page.
             order: ``created`` or ``updated``: by which time.
             archived: False for sessions that are not archived, True for those that are, None for
-                all.
-            labels: only sessions that have all these labels; no index helps to find them, so a page
-                takes longer where few have.
+                all. No index tells them apart: a page takes longer where few are what is asked for,
+                or many that are not come before them.
+            labels: only sessions that have all these labels; likewise.
             counts: whether to count the events of each.
 
         Returns:
             A page of summaries; empty if there is no such application or user.
 
         Raises:
-            InvalidInputError: an argument cannot be, or the cursor is another list's.
+            InvalidInputError: an argument cannot be, or the cursor is another list's; or all users
+                are asked for, with ``row_level_security``.
+            DatabaseError: the database failed.
         """
         _check_size(limit, "limit")
-        _check_one_of(order, ("created", "updated"), "order")
-        _check_one_of(archived, (False, True, None), "archived")
+        checks.check_one_of(order, ("created", "updated"), "order")
+        checks.check_one_of(archived, (False, True, None), "archived")
         if labels is not None:
             check_labels(labels)
         wanted = Wanted(order, archived, labels, bool(counts))
@@ -120,11 +126,17 @@ class Pages(Operations[S, E]):
     async def list_users(self, app_name: str) -> list[str]:
         """Lists the users of an application, sorted; from a replica if there is one.
 
+        It reads the keys of all sessions of the application, and answers with all users at once.
+
         Args:
             app_name: the application.
 
         Returns:
             Ids of all who have a session or a state of their own.
+
+        Raises:
+            InvalidInputError: with ``row_level_security``: users are not to see each other.
+            DatabaseError: the database failed.
         """
         if not checks.are_keys(app_name):
             return []
@@ -134,7 +146,17 @@ class Pages(Operations[S, E]):
         )
 
     async def list_apps(self) -> list[str]:
-        """Lists the names of all applications, sorted; from a replica if there is one."""
+        """Lists the names of all applications, sorted; from a replica if there is one.
+
+        It reads the keys of all sessions, and is nothing to call for each request.
+
+        Returns:
+            Those that have a session or a state, of their own or of a user.
+
+        Raises:
+            InvalidInputError: with ``row_level_security``: applications are not to see each other.
+            DatabaseError: the database failed.
+        """
         await self.prepare_tables()
         return await self._consult(lambda statements, conn: statements.apps(conn), replica=True)
 
@@ -173,23 +195,25 @@ class Pages(Operations[S, E]):
             author: only theirs.
             invocation_id: only events of this run of the agent.
             aligned: whether to keep function calls and their responses on one page. It ends before
-                such a pair then, with fewer events, and has more than ``limit`` only where a pair
-                is longer than that; to find its end takes a second statement, and another one for
-                each further call that overlaps it. A call that nobody has answered ties nothing
-                together; what a rewind has taken back is shown as it is stored.
+                a call then whose response is not on it, with fewer events, whether there is one or
+                not. It has more than ``limit`` only where it begins with a pair that is longer than
+                that; to find its end takes a second statement, and another one for each further
+                call that overlaps it. A response is looked for among the next 1,000 events, or 10
+                times ``limit`` where that is more; one that is further away may be on another page.
+                What a rewind has taken back is shown as it is stored.
             replica: whether it may be read from the replica, if there is one, which may lag behind.
 
         Returns:
-            A page of events; empty if there is no such session.
+            A page of events; empty if there is no such session and no ``after``.
 
         Raises:
             InvalidInputError: an argument cannot be, the cursor is another list's, or events of
                 one author were to be aligned: calls and responses may have different ones.
-            EventNotFoundError: the session has no event ``after``.
+            EventNotFoundError: the session has no event ``after``, or is not there itself.
             UnreadableEventError: a stored event cannot be read, and ``on_bad_event`` is ``raise``.
         """
         _check_size(limit, "limit")
-        _check_one_of(direction, ("forward", "backward"), "direction")
+        checks.check_one_of(direction, ("forward", "backward"), "direction")
         _check_filters(after, author, invocation_id)
         if aligned and author is not None:
             raise errors.InvalidInputError(
@@ -203,6 +227,8 @@ class Pages(Operations[S, E]):
         if place is not None:
             window = replace(window, beyond=place[:2], after=place[2:] or None, after_id=None)
         if not checks.are_keys(*key):
+            if after is not None:
+                raise _no_event(key, after)
             return Page([], None)
         await self.prepare_tables()
         rows = await self._rows(key, window, limit + 1, replica=replica)
@@ -247,11 +273,11 @@ class Pages(Operations[S, E]):
             invocation_id: only events of this run of the agent.
 
         Returns:
-            An iterator; it has nothing if there is no such session.
+            An iterator; it has nothing if there is no such session and no ``after``.
 
         Raises:
             InvalidInputError: an argument cannot be.
-            EventNotFoundError: the session has no event ``after``.
+            EventNotFoundError: the session has no event ``after``, or is not there itself.
             UnreadableEventError: a stored event cannot be read, and ``on_bad_event`` is ``raise``.
         """
         _check_size(batch, "batch")
@@ -264,6 +290,8 @@ class Pages(Operations[S, E]):
             following = window
             if there:
                 await self.prepare_tables()
+            elif after is not None:
+                raise _no_event(key, after)
             more = there
             while more:
                 rows = await self._rows(key, following, batch)
@@ -299,13 +327,13 @@ class Pages(Operations[S, E]):
         return rows
 
     async def _mentioning(
-        self, key: Key, window: Window, call_ids: Set[str], *, replica: bool
+        self, key: Key, window: Window, call_ids: Set[str], ahead: int, *, replica: bool
     ) -> list[PlacedEvent]:
-        """Events up to the last one that may have to do with one of the calls."""
+        """Events up to the last one that may have to do with one of the calls, of the next few."""
         pieces = [_piece(id_) for id_ in sorted(call_ids)]
         return await self._consult(
             lambda statements, conn: statements.events_until(
-                conn, key, window=window, mentions=pieces
+                conn, key, window=window, mentions=pieces, ahead=ahead
             ),
             replica=replica,
         )
@@ -322,20 +350,25 @@ class Pages(Operations[S, E]):
     ) -> tuple[list[PlacedEvent], list[E], bool]:
         """A page that has no call without its response; whether there is more behind it."""
         settled: set[str] = set()
-        backward, more = window.backward, True
+        backward, more, ahead = window.backward, True, max(_AHEAD, _AHEAD_TIMES * limit)
+        events = self._in_order(key, rows, backward=backward)
         while True:
-            events = self._in_order(key, rows, backward=backward)
-            history = [calls.links(event) for event in events]
             size, missing = calls.cut_of_page(
-                history, limit, backward=backward, more=more, settled=settled
+                [calls.links(event) for event in events],
+                limit,
+                backward=backward,
+                more=more,
+                settled=settled,
             )
             if size:
                 page = events[-size:] if backward else events[:size]
                 return rows[:size], page, more or size < len(rows)
             beyond = replace(window, beyond=rows[-1].place, after_id=None)
-            further = await self._mentioning(key, beyond, missing, replica=replica)
+            further = await self._mentioning(key, beyond, missing, ahead, replica=replica)
             settled |= missing
             rows += further
+            found = self._in_order(key, further, backward=backward)
+            events = [*found, *events] if backward else [*events, *found]
             if further:
                 more = bool(further[-1].more)
 
@@ -409,13 +442,6 @@ def _check_size(value: object, field: str) -> None:
     if not whole or not 1 <= value <= _MOST:  # type: ignore[operator]
         raise errors.InvalidInputError(
             f"{field} must be a whole number from 1 to {_MOST}", field=field
-        )
-
-
-def _check_one_of(value: object, known: tuple[object, ...], field: str) -> None:
-    if not any(value is one or (isinstance(value, str) and value == one) for one in known):
-        raise errors.InvalidInputError(
-            f"{field} must be {' or '.join(map(repr, known))}", field=field
         )
 
 

@@ -10,11 +10,13 @@ later are gone. Its delta says so as far as a delta can, with None. One that say
 appended by software that does not know the start; there the delta is what was done.
 
 Where the start is not recorded, keys that nothing has touched are as they are now. What a key was
-before it was first touched is then not known.
+before it was first touched is then not known. The same goes for keys that are now not what all of
+the record makes of them: a process of an earlier release, or a hand, has changed them without one.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -56,7 +58,8 @@ class Past(NamedTuple):
         initial: before the first of ``steps``, None if that is not known.
         steps: its events in order.
         changes: in any order; those of revisions before the first step come after ``initial``.
-        current: as it is now; only needed where ``initial`` is None, and by `rewound`.
+        current: as it is now; only needed where ``initial`` is None, by `rewound` and by
+            `contradicted`.
     """
 
     initial: dict[str, Any] | None
@@ -162,6 +165,26 @@ def rewound(past: Past, new: Sequence[Step]) -> Rewound:
     return Rewound(state, deltas, unknown)
 
 
+def contradicted(past: Past) -> list[str]:
+    """The keys that are not what is recorded of them: something has changed them without a record.
+
+    A process of an earlier release does so. Nothing is contradicted where the start is not known,
+    or an event cannot be read.
+    """
+    if past.initial is None:
+        return []
+    try:
+        recorded = _play(past, len(past.steps), datetime.max)
+    except StateUnknownError:
+        return []
+    return [
+        key
+        for key in differing(recorded, past.current)
+        if not (key in recorded and key in past.current)
+        or not _alike(recorded[key], past.current[key])
+    ]
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two values of decoded JSON are the same; True is not 1, and NaN is NaN."""
     if type(one) is not type(other):
@@ -180,6 +203,26 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         for key in {**one, **other}
         if not (key in one and key in other and same(one[key], other[key]))
     ]
+
+
+def _alike(recorded: Any, stored: Any) -> bool:
+    """Whether an event's form of a value and a state's may be of one value.
+
+    In an event bytes are base64, and a model has no fields that are None; in a state they are text,
+    and it has.
+    """
+    if isinstance(recorded, dict) and isinstance(stored, dict):
+        empty = stored.keys() - recorded.keys()
+        return recorded.keys() <= stored.keys() and all(
+            stored[key] is None if key in empty else _alike(recorded[key], stored[key])
+            for key in stored
+        )
+    if isinstance(recorded, list) and isinstance(stored, list):
+        return len(recorded) == len(stored) and all(map(_alike, recorded, stored))
+    if isinstance(recorded, str) and isinstance(stored, str) and recorded != stored:
+        encoded = base64.urlsafe_b64encode(stored.encode(errors="surrogatepass"))
+        return recorded.encode(errors="surrogatepass") == encoded
+    return same(recorded, stored)
 
 
 def _time_of(past: Past, at: int) -> datetime:
@@ -285,10 +328,16 @@ def _brought_back(
     end = _time_of(past, at)
     try:
         known = _play(past, at, end)
-        if past.initial is not None:
+        doubtful = contradicted(past)
+        if past.initial is not None and not doubtful:
             return known, 0
+        told = _play(past._replace(initial=None), at, end) if doubtful else known
         touched = _touched(since, (c for c in past.changes if c.revision >= end))
     except StateUnknownError:
         return {**state, **own}, max(len(own), 1)
-    lost = {key: None for key in touched - known.keys() if key in state}
-    return _over({**state, **lost}, known), len(lost)
+    lost = {key: None for key in touched - told.keys() if key in state}
+    derived = _over({**state, **lost}, told)
+    if not doubtful:
+        return derived, len(lost)
+    certain = {key: value for key, value in known.items() if key not in doubtful}
+    return certain | {k: derived[k] for k in doubtful if k in derived}, len(doubtful)

@@ -84,9 +84,9 @@ def append(
         return None
     if rewound.unknown:
         logger.warning(
-            "session %r of app %r and user %r was rewound to a state that is not fully known: its"
-            " beginning is not recorded, and %d keys have been set to None or to what the event"
-            " says",
+            "session %r of app %r and user %r was rewound to a state that is not fully known: not"
+            " all that it began with, or that has changed it, is recorded; %d keys are what can be"
+            " told from the rest, or None",
             *(key.session_id, key.app_name, key.user_id, rewound.unknown),
         )
     return Done(revisions, rewound)

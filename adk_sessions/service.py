@@ -388,7 +388,8 @@ class Store(
             at: id of an event, for the session as it was right after it: the events up to it and
                 the state of then, before any `update_state` that followed; ``app:`` and ``user:``
                 keys are as they are now. An append to such a session is refused as stale, unless
-                the event is the newest.
+                the event is the newest. A process of an earlier release changes states without
+                a record: it is exact from when none writes any more.
             replica: whether it may be read from the replica, if there is one. That may lag behind:
                 the session may be missing, and an append to it be refused as stale.
 
@@ -437,7 +438,12 @@ class Store(
 
         Returns:
             A response with the list ``sessions``, the least recently updated first.
+
+        Raises:
+            InvalidInputError: ``archived`` is something else; or all users are asked for, with
+                ``row_level_security``.
         """
+        checks.check_one_of(archived, (False, True, None), "archived")
         if not checks.are_keys(app_name, "" if user_id is None else user_id):
             return self.list_type(sessions=[])
         await self.prepare_tables()

@@ -110,18 +110,21 @@ class Target:
         self, conn: Connection, app_name: str, user_id: str | None, text: str, moment: datetime
     ) -> bool:
         statements, state = self._statements, codec.load_state(text)
-        key = Key(app_name, user_id or "", "")
-        if user_id is None:
-            table = self._statements.tables.app_states
-            there = statements.app_state(conn, app_name)
-        else:
-            table = self._statements.tables.user_states
-            there = statements.user_state(conn, app_name, user_id)
-        missing = state.keys() - codec.load_state(there).keys()
-        if not self._write or (there is not None and not missing):
+        tables, key = statements.tables, Key(app_name, user_id or "", "")
+        table = tables.app_states if user_id is None else tables.user_states
+        stored = None
+        if not self._write or self._service._isolated:  # which tells the policies whose row it is
+            if user_id is None:
+                stored = statements.app_state(conn, app_name)
+            else:
+                stored = statements.user_state(conn, app_name, user_id)
+        if self._write:
+            # before anything is read: a snapshot would be older than the row that is waited for
+            stored = statements.scope_row(conn, table, key, lock=True)
+        missing = state.keys() - codec.load_state(stored).keys()
+        if not self._write or (stored is not None and not missing):
             return bool(missing)
         statements.check_size(conn, "state", text)
-        stored = statements.scope_row(conn, table, key, lock=True)
         if stored is None:
             values = {**key.parameters(), "v_state": text, "v_now": moment}
             statements.insert_if_missing(conn, table, values)
@@ -155,10 +158,16 @@ class Target:
             return self._is_in(conn, session, head)
         if not self._write:
             return None
+        start: str | None = session.row.get("initial_state")
         statements.check_size(conn, "state", session.row["state"])
+        statements.check_size(conn, "initial_state", start or "")
         statements.clear_leftovers(conn, key)
         row = {"app_name": key.app_name, "user_id": key.user_id, "id": key.session_id}
-        statements.insert_rows(conn, tables.sessions, None, [row | session.row])
+        # the start by itself: both together may be more than a server takes at once
+        rows = [row | session.row | {"initial_state": None}]
+        statements.insert_rows(conn, tables.sessions, None, rows)
+        if start is not None:
+            statements.set_start(conn, key, start)
         now = {"v_state": "{}", "v_now": session.row["create_time"]}
         for scope in (tables.app_states, tables.user_states):
             place = key[: len(scope.primary_key.columns)]

@@ -52,8 +52,7 @@ class StateChange:
     """A change of a session's own state by `update_state`.
 
     Attributes:
-        after: id of the event that it came after; None for one before the first event, or if that
-            event is gone.
+        after: id of the newest event before it; None if there is none, or none any more.
         time: seconds since the epoch.
         delta: keys that were set.
         deleted: keys that were removed.

@@ -100,6 +100,8 @@ class Watching(Operations[S, E]):
         if not checks.are_keys(*key):
             raise self._missing(key.session_id)
         await self.prepare_tables()
+        # the session that is meant was made before this
+        known_at = since if known else None
         async with self._bells.bell(key) as bell:
             if after is not None:
                 place = await self._lasting(partial(self._place_behind, key, after), bell, interval)
@@ -109,7 +111,7 @@ class Watching(Operations[S, E]):
                     raise errors.EventNotFoundError(
                         f"Session {key.session_id!r} has no event {after!r}, or no longer has it."
                     )
-                since, known = place, True
+                since = place  # older than the session, if that is a fork
             made: datetime | None = None
             while not bell.ended:
                 look = partial(self._look_for_news, key, since, made, bell)
@@ -117,7 +119,7 @@ class Watching(Operations[S, E]):
                 if made is None:
                     if bell.ended:
                         return
-                    if found is None or (known and _is_another(found, since)):
+                    if found is None or (known_at and _is_another(found, known_at)):
                         raise self._missing(key.session_id)
                 if found is None:
                     return

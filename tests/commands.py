@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from inspect import signature
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+import forked
 from click.testing import CliRunner, Result
 
 from adk_sessions import Event, EventActions, SessionService
@@ -73,18 +79,33 @@ def start(*arguments: str, url: str | None = None, **options: Any) -> subprocess
     )
 
 
+def next_line(running: subprocess.Popen[str]) -> str:
+    """The next line that a process prints; one that prints none in time is killed."""
+    assert running.stdout is not None
+    assert running.stderr is not None
+    limit = threading.Timer(PATIENCE, running.kill)
+    limit.start()
+    try:
+        line = running.stdout.readline()
+    finally:
+        limit.cancel()
+    assert line, f"no line in {PATIENCE} seconds, or no more at all: {running.stderr.read()}"
+    return line
+
+
 def process(
-    *arguments: str, url: str | None = None, status: int = 0, input: str = ""
+    *arguments: str, url: str | None = None, status: int = 0, input: str | Path = os.devnull
 ) -> subprocess.CompletedProcess[str]:
-    """A process of its own, that ends with a status."""
-    done = subprocess.run(
-        [sys.executable, "-m", "adk_sessions", *arguments],
-        env=environment(url),
-        input=input,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
+    """A process of its own, that reads a file and ends with a status."""
+    with TemporaryFile() as output, TemporaryFile() as complaints, open(input) as given:
+        files = (given.fileno(), output.fileno(), complaints.fileno())
+        running = forked.start(arguments, environment(url), files)
+        ended = forked.ended(running, PATIENCE)
+        for file in (output, complaints):
+            file.seek(0)
+        done = subprocess.CompletedProcess(
+            arguments, ended, output.read().decode(), complaints.read().decode()
+        )
     assert done.returncode == status, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done
@@ -95,24 +116,22 @@ def on_terminal(
 ) -> tuple[int, str]:
     """A process on a terminal: its exit status and all that is shown, escape sequences too."""
     master, slave = pty.openpty()
-    os.write(master, answers.encode())
-    running = subprocess.Popen(
-        [sys.executable, "-m", "adk_sessions", *arguments],
-        env={**environment(url), "COLUMNS": str(columns), "TERM": "xterm"},
-        stdin=slave,
-        stdout=slave,
-        stderr=slave,
-    )
-    os.close(slave)
     shown = b""
     try:
-        while part := os.read(master, 65_536):
-            shown += part
-    except OSError:  # what Linux says at the end
-        pass
+        os.write(master, answers.encode())
+        given = {**environment(url), "COLUMNS": str(columns), "TERM": "xterm"}
+        running = forked.start(arguments, given, (slave, slave, slave))
+        os.close(slave)
+        deadline = time.monotonic() + PATIENCE
+        while select.select([master], [], [], max(deadline - time.monotonic(), 0))[0]:
+            try:
+                shown += os.read(master, 65_536)
+            except OSError:  # what Linux says at the end
+                break
+        status = forked.ended(running, max(deadline - time.monotonic(), 1))
     finally:
         os.close(master)
-    return running.wait(PATIENCE), shown.decode().replace("\r\n", "\n")
+    return status, shown.decode().replace("\r\n", "\n")
 
 
 def objects(printed: str) -> list[dict[str, Any]]:

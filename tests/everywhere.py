@@ -45,10 +45,15 @@ PART: dict[str, None] = {
 def place_of(
     backend: str, request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> tuple[str, dict[str, Any]]:
-    """The URL of one of `BACKENDS` and the service's options; servers' databases are shared."""
+    """The URL of one of `BACKENDS` and the service's options; servers' databases are shared.
+
+    A file is the test's own, but migrated only once.
+    """
     kind, options = BACKENDS[backend]
     shared = SHARED.get(kind)
     url = request.getfixturevalue(shared) if shared else fresh_database(kind)
+    if kind == "sqlite":
+        shutil.copy(request.getfixturevalue("migrated_file"), make_url(url).database or "")
     return (f"{url}?pgbouncer=true" if kind == "pgbouncer" else url), options
 
 
@@ -70,9 +75,6 @@ class OnEveryDatabase(SessionServiceContract):
         fresh_database: Callable[[str], str],
     ) -> Callable[[], Any]:
         url, options = place_of(backend, request, fresh_database)
-        if backend == "sqlite":  # a file for each test, but migrated only once
-            template = request.getfixturevalue("migrated_file")
-            shutil.copy(template, make_url(url).database or "")
         return lambda: self.make(url, **options)
 
     @pytest.fixture

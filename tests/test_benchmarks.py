@@ -132,17 +132,23 @@ def test_the_link_delays_each_round_trip_once_and_keeps_order() -> None:
             socket.create_connection((LOOPBACK, link.port)) as near,
         ):
             sent = b"".join(bytes([n]) * 1_000 for n in range(20))
-            link.reset()
-            start = time.perf_counter()
-            for n in range(20):
-                near.sendall(sent[n * 1_000 : (n + 1) * 1_000])
-            received = b""
-            while len(received) < len(sent):
-                received += near.recv(65_536)
-            # all at once, not one after the other: 20 delays would take four seconds
-            assert 0.2 <= time.perf_counter() - start < 3.9
-            assert received == sent
-            assert link.trips() >= 1
+            # all at once, not one after the other: 20 delays take four seconds on any machine,
+            # and one that stands still now and then does not do so each time
+            for _ in range(10):
+                link.reset()
+                start = time.perf_counter()
+                for n in range(20):
+                    near.sendall(sent[n * 1_000 : (n + 1) * 1_000])
+                received = b""
+                while len(received) < len(sent):
+                    received += near.recv(65_536)
+                took = time.perf_counter() - start
+                assert took >= 0.2
+                assert received == sent
+                assert link.trips() >= 1
+                if took < 3.9:
+                    break
+            assert took < 3.9
 
             link.reset()
             for _ in range(3):
@@ -158,7 +164,7 @@ def test_pg_notify_is_measured_by_appends_that_are_stored(
     if pgbench is None:
         pytest.skip("pgbench not found: it comes with PostgreSQL")
     with postgres.scratch_database() as url:
-        rates = notify.measure(pgbench, url, (2,), rounds=1, seconds=1)
+        rates = notify.measure(pgbench, url, (2,), rounds=1, seconds=2)
         assert list(rates) == [2]
         assert all(rate > 0 for (rate,) in rates[2].values())
         for kind in notify.KINDS:

@@ -10,9 +10,6 @@ import pytest
 from adk_sessions import Event
 from adk_sessions.calls import (
     Links,
-    answered,
-    called,
-    cut_at_least,
     cut_at_most,
     cut_of_page,
     links,
@@ -25,11 +22,10 @@ def content(kind: str, *ids: Any) -> dict[str, Any]:
 
 
 def test_calls_of_our_own_event_are_found_in_either_spelling() -> None:
-    assert called(Event(content=content("function_call", "a", "b"))) == {"a", "b"}
-    assert called(Event(content=content("functionCall", "a"))) == {"a"}
-    assert answered(Event(content=content("function_response", "a"))) == {"a"}
-    assert answered(Event(content=content("functionResponse", "a"))) == {"a"}
-    assert called(Event(content=content("function_response", "a"))) == set()
+    assert links(Event(content=content("function_call", "a", "b"))) == call("a", "b")
+    assert links(Event(content=content("functionCall", "a"))) == call("a")
+    assert links(Event(content=content("function_response", "a"))) == answer("a")
+    assert links(Event(content=content("functionResponse", "a"))) == answer("a")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +36,7 @@ def test_content_of_another_form_has_no_calls(odd: Any) -> None:
 
 
 def test_calls_without_an_id_are_left_out() -> None:
-    assert called(Event(content=content("function_call", None, "", 1, "a"))) == {"a"}
+    assert links(Event(content=content("function_call", None, "", 1, "a"))) == call("a")
 
 
 def test_an_event_of_google_adk_and_its_stored_json_say_the_same() -> None:
@@ -98,13 +94,11 @@ def test_what_belongs_together() -> None:
 def test_a_cut_goes_around_what_belongs_together() -> None:
     history = [SAID, call("a"), answer("a"), SAID, call("b", "c"), answer("b"), answer("c")]
     assert [cut_at_most(history, n) for n in range(9)] == [0, 1, 1, 3, 4, 4, 4, 7, 7]
-    assert [cut_at_least(history, n) for n in range(9)] == [0, 1, 3, 3, 4, 7, 7, 7, 7]
     # pairs that overlap
     history = [call("a"), call("b"), answer("a"), call("c"), answer("b"), answer("c"), SAID]
     assert cut_at_most(history, 5) == 0
-    assert cut_at_least(history, 1) == 6
     # a call without response is in nobody's way
-    assert cut_at_most([call("a"), SAID], 1) == cut_at_least([call("a"), SAID], 1) == 1
+    assert cut_at_most([call("a"), SAID], 1) == 1
 
 
 def test_cuts_are_the_best_there_are() -> None:
@@ -116,7 +110,6 @@ def test_cuts_are_the_best_there_are() -> None:
         fit = [n for n in range(13) if not any(one < n <= other for one, other in pairs)]
         for n in range(13):
             assert cut_at_most(history, n) == max(cut for cut in fit if cut <= n)
-            assert cut_at_least(history, n) == min(cut for cut in fit if cut >= n)
 
 
 def test_a_page_ends_before_a_pair_or_after_it() -> None:

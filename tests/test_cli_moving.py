@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import environment, fill, objects, ok, process, refused, run, said, talk
+from commands import PATIENCE, environment, fill, objects, ok, process, refused, run, said, talk
 from servers import free_port, run_sync
 from sqlalchemy import make_url
 
@@ -26,17 +26,18 @@ def shown(url: str, app: str = "shop") -> str:
 def test_moving_as_processes(kind: str, migrated_database: NewDatabase, tmp_path: Path) -> None:
     url = migrated_database(kind)
     run_sync(fill(url))
-    # pipes, and nothing else on standard output
     exported = process("export", url=url)
     lines = objects(exported.stdout)
     assert [line["type"] for line in lines].count("session") == 5
     assert exported.stderr == ""
-    target = migrated_database("sqlite")
-    done = process("import", "-", "--json", url=target, input=exported.stdout)
+    elsewhere = "sqlite" if kind == "postgresql" else "postgresql"
+    target, other = migrated_database(elsewhere), migrated_database(elsewhere)
+    file = tmp_path / "export.ndjson"
+    file.write_text(exported.stdout)
+    done = process("import", "-", "--json", url=target, input=file)
     [report] = objects(done.stdout)
     assert (report["sessions"], report["events"], report["conflicts"]) == (5, 5, [])
     assert shown(target) == shown(url)
-    other = migrated_database("sqlite" if kind == "postgresql" else "postgresql")
     done = process("copy", "--from", url, "--to", other, "--json")
     [report] = objects(done.stdout)
     assert (report["sessions"], report["events"], report["differences"]) == (5, 5, [])
@@ -70,12 +71,29 @@ def test_a_part_is_exported(migrated_database: NewDatabase, tmp_path: Path) -> N
     assert "No such file" in refused("export", "-o", str(tmp_path / "no" / "x"), url=url)
 
 
+def test_a_pipe_is_an_export_and_an_import(migrated_database: NewDatabase) -> None:
+    url, target = migrated_database("sqlite"), migrated_database("sqlite")
+    run_sync(fill(url))
+    command = f"{sys.executable} -m adk_sessions"
+    done = subprocess.run(
+        f'{command} export | {command} import - --json --url "$TARGET"',
+        shell=True,
+        env={**environment(url), "TARGET": target},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert objects(done.stdout)[0]["sessions"] == 5
+    assert shown(target) == shown(url)
+
+
 def test_an_export_ends_with_its_reader(migrated_database: NewDatabase) -> None:
     url = migrated_database("sqlite")
     run_sync(talk_in(url, [{"content": said(f"{number} " * 3000)} for number in range(60)]))
     shell = f"{sys.executable} -m adk_sessions export | head -1 | cut -c1-16"
     done = subprocess.run(
-        shell, shell=True, env=environment(url), capture_output=True, text=True, timeout=60
+        shell, shell=True, env=environment(url), capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.stdout == '{"type":"header"\n'
     assert done.stderr == ""

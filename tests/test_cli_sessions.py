@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from commands import (
+    PATIENCE,
     environment,
     fill,
+    next_line,
     objects,
     ok,
     on_terminal,
@@ -116,8 +118,7 @@ def test_a_conversation_is_followed(kind: str, migrated_database: NewDatabase) -
     stored(url, [{"content": said(f"line {number}")} for number in range(3)])
     tail = start(*("tail", "a", "u", "s", "--last", "1", "--interval", "0.1", "--json"), url=url)
     try:
-        assert tail.stdout is not None
-        first = json.loads(tail.stdout.readline())
+        first = json.loads(next_line(tail))
         assert first["event"]["id"] == "e3"
 
         async def append(service: SessionService) -> None:
@@ -128,10 +129,10 @@ def test_a_conversation_is_followed(kind: str, migrated_database: NewDatabase) -
 
         run_sync(serve(url, append))
         # each line is there as soon as it is printed
-        assert json.loads(tail.stdout.readline())["event"]["id"] == "new"
-        assert json.loads(tail.stdout.readline())["event"]["content"] == "now"
+        assert json.loads(next_line(tail))["event"]["id"] == "new"
+        assert json.loads(next_line(tail))["event"]["content"] == "now"
         tail.send_signal(signal.SIGINT)
-        rest, complaints = tail.communicate(timeout=30)
+        rest, complaints = tail.communicate(timeout=PATIENCE)
         assert (tail.returncode, rest, complaints) == (130, "", "")
     finally:
         tail.kill()
@@ -143,11 +144,10 @@ def test_following_ends_with_the_session(migrated_database: NewDatabase) -> None
     stored(url, [{"content": said("one")}, {"content": said("two")}])
     tail = start("tail", "a", "u", "s", "--after", "e1", "--interval", "0.05", "--ids", url=url)
     try:
-        assert tail.stdout is not None
-        assert tail.stdout.readline() == "2023-11-14 22:13:34  clerk  e2\n"
-        assert tail.stdout.readline() == "  two\n"
+        assert next_line(tail) == "2023-11-14 22:13:34  clerk  e2\n"
+        assert next_line(tail) == "  two\n"
         run_sync(serve(url, lambda service: service.delete_session("a", "u", "s")))
-        _, complaint = tail.communicate(timeout=30)
+        _, complaint = tail.communicate(timeout=PATIENCE)
         assert tail.returncode == 1
         assert complaint == "Error: The session has been deleted.\n"
     finally:
@@ -162,7 +162,7 @@ def test_whoever_has_read_enough_ends_it_quietly(migrated_database: NewDatabase)
     stored(url, [{"content": said(f"{number} " * 3000)} for number in range(60)])
     shell = f"{sys.executable} -m adk_sessions show a u s | head -1"
     done = subprocess.run(
-        shell, shell=True, env=environment(url), capture_output=True, text=True, timeout=60
+        shell, shell=True, env=environment(url), capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.stdout == "a / u / s\n"
     assert done.stderr == ""
@@ -681,3 +681,4 @@ def test_the_help_says_what_holds_for_all() -> None:
     printed = " ".join(ok("--help").split())
     assert "Exit status: 0 done, 1" in printed
     assert "one object per line" in printed
+    assert all(f" {name} " in printed for name in main.commands)

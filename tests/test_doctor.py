@@ -11,6 +11,7 @@ import json
 import time
 import tracemalloc
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from adk_sessions import (
     doctor,
     migrate,
 )
+from adk_sessions.clock import EPOCH
 from adk_sessions.dialects.checkup import PAGE, unchanging
+from adk_sessions.dialects.rows import Key
 from adk_sessions.doctor import Report, Row, examine, repair
 from adk_sessions.models import INDEX
 
@@ -666,3 +669,21 @@ async def test_memory_does_not_grow_with_the_table(database_url: str, app_name: 
     assert report.events == number + 1
     assert report.found["ties"].count == number - 1
     assert peak < 50e6 < number * size
+
+
+def test_sessions_to_be_looked_at_again_are_not_kept_in_memory() -> None:
+    key = Key("a" * 100, "u" * 100, "s" * 100)
+    tracemalloc.start()
+    try:
+        look = doctor._Look(SessionService("sqlite://"), EPOCH, 10)
+        with closing(look.doubtful):
+            for _ in range(10_000):
+                look.doubt(key, ["a key\ud800"])
+            _, peak = tracemalloc.get_traced_memory()
+            look.doubtful.seek(0)
+            assert (
+                sum(json.loads(line) == [*key, ["a key\ud800"]] for line in look.doubtful) == 10_000
+            )
+    finally:
+        tracemalloc.stop()
+    assert peak < 3e6

@@ -17,6 +17,7 @@ from test_rls import connected, grants, roles
 from workers import event, load
 
 from adk_sessions import (
+    ConfigurationError,
     DatabaseError,
     Event,
     EventActions,
@@ -313,13 +314,19 @@ async def test_with_row_level_security(
                 for statement in (policies(owner.models), *grants(role)):
                     await conn.execute(statement)
                 await conn.execute(f'REVOKE DELETE ON adk_v0_sessions FROM "{role}"')
-            bound = SessionService(
-                as_role.render_as_string(hide_password=False),
-                row_level_security=True,
-                migrate="off",
-            )
+            bound_url = as_role.render_as_string(hide_password=False)
+            bound = SessionService(bound_url, row_level_security=True, migrate="off")
             async with bound:
                 assert await bound.erase_user("store", "anna") == ErasureReport(2, 6, 1, 2, 0, 0)
+                # who does not say whose rows are wanted sees none, and must not call that nothing
+                async with SessionService(bound_url, migrate="off") as blind:
+                    for call in (
+                        lambda: blind.erase_user("shop", "anna"),
+                        lambda: blind.prune("shop"),
+                        lambda: anext(aiter(blind.export_sessions("shop", "anna"))),
+                    ):
+                        with pytest.raises(ConfigurationError, match="hides rows"):
+                            await call()
                 before = await owner.erase_user("shop", "anna", dry_run=True)
                 assert await bound.erase_user("shop", "anna", dry_run=True) == before
                 # nothing is erased by a role that could not erase all of it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -86,3 +87,4 @@ def test_other_labels_are_refused(labels: Any) -> None:
 def test_labels_at_the_limits_are_taken() -> None:
     check_labels({str(n).rjust(64, "k"): "v" * 256 for n in range(64)})
     check_labels({"a": None}, removing=True)
+    check_labels(MappingProxyType({"a": "b"}))

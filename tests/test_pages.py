@@ -9,9 +9,10 @@ import itertools
 import json
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -230,7 +231,7 @@ async def test_labels_filter_when_all_pairs_are_there(
     await create(service, app_name, [("ann", id_) for id_ in [*stored, "none"]])
     for id_, labels in stored.items():
         await change(service, app_name, id_, labels=labels)
-    wanted: list[tuple[dict[str, str], set[str]]] = [
+    wanted: list[tuple[Mapping[str, str], set[str]]] = [
         ({"team": "red"}, {"both", "red"}),
         ({"area": "north", "team": "red"}, {"both"}),
         ({"team": "Red"}, {"Red"}),
@@ -239,6 +240,7 @@ async def test_labels_filter_when_all_pairs_are_there(
         ({"team": "red", "area": "south"}, set()),
         ({"a,b{": '"\\é%_'}, {"odd"}),
         ({"y": "z", "x{": ":"}, {"other"}),
+        (MappingProxyType({"area": "north", "team": "red"}), {"both"}),
         ({}, {*stored, "none"}),
     ]
     for labels, expected in wanted:
@@ -304,6 +306,10 @@ async def test_bad_arguments_are_refused(app_name: str) -> None:
             with pytest.raises(InvalidInputError) as refused:
                 await service.page_sessions(app_name, **arguments)
             assert refused.value.field == field, arguments
+            if field == "archived":
+                with pytest.raises(InvalidInputError) as refused:
+                    await service.list_sessions(app_name=app_name, **arguments)
+                assert refused.value.field == field
         for field, arguments in REFUSED_OF_EVENTS:
             with pytest.raises(InvalidInputError) as refused:
                 await service.page_events(app_name, "ann", "s", **arguments)
@@ -466,6 +472,11 @@ async def test_after_an_event_that_is_not_there(service: SessionService, app_nam
         with pytest.raises(EventNotFoundError):
             async for _ in service.iter_events(app_name, "ann", "s", after=missing):
                 pass
+    for no_session in ("no such", "a\0", "x" * 200):
+        with pytest.raises(EventNotFoundError):
+            await service.page_events(app_name, "ann", no_session, after="e001")
+        with pytest.raises(EventNotFoundError):
+            await anext(service.iter_events(app_name, "ann", no_session, after="e001"))
 
 
 async def test_the_limit_after_stays_when_its_event_goes(
@@ -623,6 +634,61 @@ async def test_a_call_without_response_makes_no_page_longer(
         pages = await pages_of(service, app_name, limit=4, direction=direction, aligned=True)
         assert ids(pages) == [one.id for one in events]
         assert max(map(len, pages)) <= 4
+
+
+async def test_a_response_is_not_looked_for_through_a_whole_session(
+    service: SessionService, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a page would take the longer the longer the session is."""
+    monkeypatch.setattr("adk_sessions.pages._AHEAD", 12)
+    events = [said(n) for n in range(40)]
+    near, far = (2, 13), (14, 35)
+    for number, (made, answered) in enumerate((near, far)):
+        events[made] = calling(made, f"call-{number}")
+        events[answered] = answering(answered, f"call-{number}")
+    await conversation(service, app_name, events)
+    for direction in ("forward", "backward"):
+        pages = await pages_of(service, app_name, limit=1, direction=direction, aligned=True)
+        assert ids(pages) == [one.id for one in events]
+        assert sorted(map(len, pages)) == [1] * 28 + [12]
+        assert split(pages, [near, far]) == [far]
+        # of many events that a page should have, ten times as many are looked at
+        pages = await pages_of(service, app_name, limit=3, direction=direction, aligned=True)
+        assert ids(pages) == [one.id for one in events]
+        assert split(pages, [near, far]) == []
+
+
+async def test_a_thousand_events_are_looked_at_for_a_response(app_name: str) -> None:
+    async with SessionService("sqlite://") as service:
+        events = [
+            calling(0, "a"),
+            *(said(n) for n in range(1, 900)),
+            answering(900, "a"),
+            said(901),
+        ]
+        await conversation(service, app_name, events)
+        page = await service.page_events(app_name, "ann", "s", limit=1, aligned=True)
+        assert ids([page.items]) == [one.id for one in events[:-1]]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+async def test_aligned_pages_of_events_of_one_moment(
+    direction: str, service: SessionService, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adk_sessions.pages._AHEAD", 10)
+    events = [calling(0, "a"), *(said(n) for n in range(1, 20)), answering(4, "a")]
+    events[4], events[15] = events.pop(), calling(15, "b")
+    events += [said(20), answering(21, "b"), said(22)]
+    await conversation(service, app_name, events)
+    same = (
+        update(service.models.events)
+        .where(service.models.events.c.app_name == app_name)
+        .values(timestamp=datetime(2030, 1, 1))
+    )
+    await service._run(lambda conn: conn.execute(same), write=True)
+    pages = await pages_of(service, app_name, limit=1, direction=direction, aligned=True)
+    assert ids(pages) == [one.id for one in events]
+    assert split(pages, [(0, 4), (15, 21)]) == []
 
 
 async def test_aligned_pages_of_any_history(app_name: str) -> None:

@@ -6,14 +6,16 @@ import asyncio
 import math
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from everywhere import BACKENDS, place_of
-from sqlalchemy import func, make_url, null, select, update
+from sqlalchemy import Connection, func, make_url, null, select, update
+from sqlalchemy.event import listen, remove
 from workers import Crew, Record, event, load, read_all
 
 from adk_sessions import (
@@ -31,11 +33,13 @@ from adk_sessions import (
     retention,
 )
 from adk_sessions.dialects.faults import Undecided
+from adk_sessions.dialects.retention import Criteria
 from adk_sessions.dialects.rows import Key
 from adk_sessions.retention import PruneReport
 
 DAY = 86_400.0
 NOW = 1_800_000_000.0
+NOW_TIME = clock.to_datetime(NOW)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -239,9 +243,9 @@ async def test_many_sessions_go_in_batches_and_a_broken_off_call_is_repeated(
         await make(service, app_name, f"s{n % 5}", user=f"u{n // 5}", created=NOW - DAY, events=2)
     await service.update_state(app_name=app_name, user_id="u0", session_id="s0", delta={"a": 1})
     await make(service, app_name, "new", user="u0")
-    seen: list[tuple[int, int | None]] = []
+    seen: list[tuple[int, int]] = []
 
-    def give_up(done: int, total: int | None) -> None:
+    def give_up(done: int, total: int) -> None:
         seen.append((done, total))
         if done > 4:
             raise KeyboardInterrupt
@@ -254,6 +258,68 @@ async def test_many_sessions_go_in_batches_and_a_broken_off_call_is_repeated(
     assert await counts(service, app_name) == (3, 5, 0)
     assert await service.prune(app_name, idle_for=60) == PruneReport(sessions=2, events=4)
     assert await left(service, app_name) == ["new"]
+
+
+async def test_sessions_are_looked_for_a_few_at_a_time(
+    service: SessionService, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users with fewer sessions than a statement looks at, as many, and more; most must stay."""
+    monkeypatch.setattr(retention, "LOOK", 3)
+    monkeypatch.setattr(retention, "BATCH", 2)
+    set_clock(service, NOW - DAY)
+    for user, number in (("a", 1), ("b", 3), ("c", 7), ("d", 2)):
+        for n in range(number):
+            await service.create_session(app_name=app_name, user_id=user, session_id=f"{user}{n}")
+    await service.create_session(app_name=app_name + "x", user_id="b", session_id="b0")
+    set_clock(service, NOW)
+    for id in ("b0", "c2", "c5", "c6"):
+        await service.update_session(app_name, id[0], id, expire_time=NOW)
+    seen: list[tuple[int, int]] = []
+
+    def note(done: int, total: int) -> None:
+        seen.append((done, total))
+
+    assert await service.prune(app_name, dry_run=True) == PruneReport(sessions=4)
+    assert await service.prune(app_name, idle_for=60, dry_run=True) == PruneReport(sessions=13)
+    assert await service.prune(app_name, progress=note) == PruneReport(sessions=4)
+    assert (seen[-1], len(await left(service, app_name))) == ((4, 4), 9)
+    assert await service.prune(app_name, older_than=60) == PruneReport(sessions=9)
+    assert await left(service, app_name + "x") == ["b0"]
+
+
+@SQLITE
+async def test_no_statement_looks_at_more_than_that(service: SessionService, app_name: str) -> None:
+    await service.create_session(app_name=app_name, user_id="ann")
+    for criteria in (
+        Criteria(NOW_TIME),
+        Criteria(NOW_TIME, NOW_TIME),
+        Criteria(NOW_TIME, keep_last=5),
+    ):
+        for after in ((), ("ann",), ("ann", "s")):
+            lines = await service._run(partial(explained, service, criteria, after), write=False)
+            assert not [line for line in lines if "TEMP B-TREE" in line], lines
+            assert not [line for line in lines if line.startswith("SCAN sessions")], lines
+            searches = [line for line in lines if "SEARCH sessions" in line]
+            columns = ["app_name=?", "user_id=?" if len(after) == 2 else "user_id>?", "id>?"]
+            wanted = " AND ".join(columns[: len(after) + 1])
+            assert len(searches) == 2
+            assert all(line.endswith(f"({wanted})") for line in searches), searches
+
+
+def explained(
+    service: SessionService, criteria: Criteria, after: tuple[str, ...], conn: Connection
+) -> list[str]:
+    """The plan of looking for sessions, as SQLite tells it."""
+    found: list[tuple[str, Any]] = []
+
+    def note(_: Any, __: Any, sql: str, parameters: Any, *___: Any) -> None:
+        found.append((sql, parameters))
+
+    listen(conn, "before_cursor_execute", note)
+    service._statements.prunable(conn, "a", None, criteria, after, 10)
+    remove(conn, "before_cursor_execute", note)
+    (sql, parameters), *_ = found
+    return [row[-1] for row in conn.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", parameters)]
 
 
 async def test_events_go_where_no_foreign_key_takes_them(
@@ -461,6 +527,56 @@ async def test_what_belongs_together_is_kept_together(
         assert await service.prune(app, keep_last=keep) == expected, id
         found = await load(service, app, "ann", id)
         assert [one.id for one in found.events] == [one.id for one in events[gone:]], id
+
+
+async def test_a_cut_goes_step_by_step_and_each_is_sound(
+    service: SessionService, app_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off after any step: what belongs together is, and the past is told as before."""
+    monkeypatch.setattr(retention, "STEP", 3)
+    set_clock(service, NOW)
+    session = await service.create_session(
+        app_name=app_name, user_id="ann", session_id="s", state={"start": 1}
+    )
+    parts: dict[int, list[dict[str, Any]]] = {4: [call("x")], 9: [response("x")], 14: [call("y")]}
+    for n in range(20):
+        one = said(f"e{n}", *parts.get(n, []), state_delta={"n": n, f"k{n % 5}": n})
+        one.invocation_id = f"i{n // 2}"
+        if n == 17:  # takes back what came with 16
+            one.actions = EventActions.model_validate(
+                {"rewind_before_invocation_id": "i8", "state_delta": {"n": 15, "k1": 11}}
+            )
+        await service.append_event(session, one)
+        if n in (2, 9):
+            await service.update_state(
+                app_name=app_name, user_id="ann", session_id="s", add={"c": 1}, delete=["k1"]
+            )
+    whole = await load(service, app_name, "ann", "s")
+    was = await history(service, session)
+    repeated, steps = service._repeated, 0
+
+    async def break_off(work: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps % 2 == 0:
+            raise KeyboardInterrupt
+        return await repeated(work)
+
+    monkeypatch.setattr(service, "_repeated", break_off)
+    kept = []
+    total = await service.prune(app_name, keep_last=2, dry_run=True)
+    for _ in range(7):
+        with suppress(KeyboardInterrupt):
+            await service.prune(app_name, keep_last=2)
+        told = await history(service, session)
+        assert told == {id: was[id] for id in told}
+        found = await load(service, app_name, "ann", "s")
+        assert (found.events, found.state) == (whole.events[-len(told) :], whole.state)
+        kept.append(len(told))
+    # 4 goes with 9, and 16 with 17
+    assert kept == [17, 16, 10, 7, 4, 2, 2]
+    assert total == PruneReport(events=18, trimmed=1, state_changes=2)
+    assert (await counts(service, app_name))[1:] == (2, 0)
 
 
 async def test_a_cut_is_found_out_again_when_somebody_appends(

@@ -40,6 +40,7 @@ from adk_sessions.dialects.rls import (
     Contained,
     ContainedColumns,
     ContainedPostgreSQL,
+    bound,
     policies,
 )
 from adk_sessions.models import models
@@ -415,8 +416,8 @@ def test_other_databases_have_no_such_thing(url: str, backend: Any) -> None:
 PIECES = {
     *("rows", "write", "lock", "lock_session", "lock_scope", "scope_row", "insert_if_missing"),
     *("check_size", "ping", "transaction", "commits_each_statement", "enter"),
-    *("migration_lock", "rebuilding", "require_policies"),
-    *("all_apps", "whereabouts", "clear_leftovers", "insert_rows"),
+    *("migration_lock", "rebuilding", "require_policies", "require_sight"),
+    *("whereabouts", "clear_leftovers", "insert_rows", "set_start"),
 }
 # What tells the policies whose rows it is about in a way of its own.
 BY_ITSELF = {"update_state"}
@@ -532,6 +533,8 @@ REFUSED = {
     "insert event": "INSERT INTO events"
     " (id, app_name, user_id, session_id, invocation_id, timestamp, event_data)"
     " VALUES ('new', '{app}', 'bob', 's', 'i', now(), 'null')",
+    "insert change": "INSERT INTO state_changes"
+    " VALUES ('{app}', 'bob', 's', now(), 9, now(), 'null', NULL)",
     "new user state": USER_STATE.replace("bob", "new"),
     "on conflict nothing": f"{USER_STATE} ON CONFLICT DO NOTHING",
     "on conflict update": f"{USER_STATE} ON CONFLICT (app_name, user_id)"
@@ -842,7 +845,7 @@ def test_the_policies_compare_with_the_settings() -> None:
     user = "user_id = nullif(current_setting('adk_sessions.user_id', true), '')"
     assert sql.count(f"({app} AND {user})") == 2 * 4
     assert sql.count(f"({app})") == 2
-    assert sql.count("ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;") == 4
+    assert sql.count("ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY;") == 5
     assert "metadata" not in sql
     assert "version" not in sql
     assert sql.startswith("BEGIN;\n")
@@ -902,19 +905,35 @@ async def test_only_a_policy_for_its_role_contains_who_runs_set(
                 made[user] = await service.create_session(
                     app_name=app_name, user_id=user, session_id="s", state={"user:own": user}
                 )
+                await service.append_event(made[user], new_event())
+                made[user].state |= await service.update_state(
+                    app_name=app_name,
+                    user_id=user,
+                    session_id="s",
+                    delta={"secret": user, "app:all": 1},
+                )
                 await execute(owner, *grants(role))
 
-        async def seen_as_bob(role: str) -> int:
+        async def seen_as_bob(role: str) -> dict[str, int]:
             async with connected(place.as_role(role), app_name=app_name, user_id="bob") as conn:
-                return len(await conn.fetch("SELECT * FROM sessions"))
+                return {
+                    table.name: len(await conn.fetch(f"SELECT * FROM {table.name}"))
+                    for table in bound(models())
+                }
 
-        assert [await seen_as_bob(role) for role in (ann, bob, place.role)] == [1, 1, 1]
+        everything = dict.fromkeys(TABLES, 1)
+        assert [await seen_as_bob(role) for role in (ann, bob, place.role)] == [everything] * 3
         await execute(owner, PER_ROLE)
         for user, role in users.items():
             await execute(
                 owner, f"INSERT INTO adk_role_users VALUES ('{role}', '{app_name}', '{user}')"
             )
-        assert [await seen_as_bob(role) for role in (ann, bob, place.role)] == [0, 1, 0]
+        nothing = dict.fromkeys(TABLES, 0)
+        # an app's state is every user's of the app
+        of_the_app = nothing | {"app_states": 1}
+        assert await seen_as_bob(ann) == of_the_app
+        assert await seen_as_bob(bob) == everything
+        assert await seen_as_bob(place.role) == nothing
 
         before = await stored(place, app_name)
         async with connected(place.as_role(ann), app_name=app_name, user_id="bob") as conn:

@@ -50,6 +50,24 @@ async def test_what_there_is(service: SessionService, app_name: str) -> None:
     assert await survey.state_changes(service, app_name, "bob", "s") == []
 
 
+async def test_changes_of_a_fork_come_after_what_was_copied(
+    service: SessionService, app_name: str
+) -> None:
+    of = {"app_name": app_name, "user_id": "ann"}
+    session = await service.create_session(**of, session_id="s")
+    for name in ("e1", "e2"):
+        await service.append_event(session, Event(id=name, author="u"))
+    fork = await service.fork_session(session, session_id="fork")
+    await service.update_state(**of, session_id="fork", delta={"a": 1})
+    await service.append_event(fork, Event(id="e3", author="u"))
+    await service.update_state(**of, session_id="fork", delta={"a": 2})
+    changes = await survey.state_changes(service, app_name, "ann", "fork")
+    assert [(change.after, change.delta) for change in changes] == [
+        ("e2", {"a": 1}),
+        ("e3", {"a": 2}),
+    ]
+
+
 async def test_ids_that_cannot_be(service: SessionService) -> None:
     assert await survey.applications(service, "x" * 200) == []
     assert await survey.state_changes(service, "\0", "u", "s") == []

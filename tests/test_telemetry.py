@@ -156,7 +156,7 @@ async def test_each_operation_has_a_span_and_metrics(
     assert durations.keys() == {(name, system) for name in names}
     for (name, _), point in durations.items():
         assert point["count"] == names.count(name)
-        assert 0 < point["sum"] < 60
+        assert 0 < point["sum"] < 180  # seconds
         assert 0.001 in point["explicit_bounds"]
     returned = exported.points("db.client.response.returned_rows")
     assert returned["get_session", system]["sum"] == 5

@@ -35,6 +35,15 @@ _KNOWN = {
 }
 
 
+# What an event's actions are shown as first.
+_ORDER = {
+    name: place
+    for place, name in enumerate(
+        ("state_delta", "artifact_delta", "transfer_to_agent", "rewind_before_invocation_id")
+    )
+}
+
+
 @dataclass
 class Line:
     """A paragraph of an entry; ``style`` is rich's."""
@@ -178,7 +187,8 @@ _FORMS: dict[str, Any] = {
 
 
 def _actions(actions: Mapping[str, Any]) -> Iterator[Line]:
-    for name, value in actions.items():
+    # in one order, whichever of them the events' class has as fields of its own
+    for name, value in sorted(actions.items(), key=lambda item: _ORDER.get(item[0], len(_ORDER))):
         if _is_nothing(value):
             continue
         if name == "state_delta" and isinstance(value, Mapping):

@@ -32,7 +32,7 @@ _LONGEST = 2000
 # Control characters, those that turn the direction of writing or end a line unseen, and halves of
 # characters: a terminal may take them for commands, or show something else than is there.
 _UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
 _NO_LINE = re.compile("[\t\n]")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from sqlalchemy import (
     ColumnElement,
@@ -20,7 +20,6 @@ from sqlalchemy import (
     Text,
     bindparam,
     delete,
-    func,
     insert,
     select,
     update,
@@ -40,6 +39,18 @@ from .rows import Deltas, Key, NewEvent, Revisions, States, event_parameters
 from .types import Timestamp
 
 TICK = timedelta(microseconds=1)
+
+
+class Changed(NamedTuple):
+    """What was written into a scope's state.
+
+    Attributes:
+        text: the keys that were set.
+        revision: of a session whose change is still to be recorded.
+    """
+
+    text: str
+    revision: datetime | None = None
 
 
 class Generic(Pages, Lifecycle, History, Moving, Following):
@@ -83,8 +94,16 @@ class Generic(Pages, Lifecycle, History, Moving, Following):
 
         changes = tables.state_changes
         at = bindparam("v_revision", type_=Timestamp())
-        self._last_number = select(func.max(changes.c.number)).where(
-            self._is_change, changes.c.revision == at
+        last = (
+            select(changes.c.revision)
+            .where(self._is_change)
+            .order_by(changes.c.revision.desc(), changes.c.number.desc())
+            .limit(1)
+        )
+        self._last_change = select(
+            self._newest_time.scalar_subquery(),
+            last.scalar_subquery(),
+            last.with_only_columns(changes.c.number).scalar_subquery(),
         )
         self._insert_change = insert(changes).values(
             app_name=bindparam("k_app"),
@@ -192,22 +211,26 @@ class Generic(Pages, Lifecycle, History, Moving, Following):
             InvalidInputError: a key that is added to is not a number, or a state is too large.
         """
         written: dict[str, str] = {}
+        revision: datetime | None = None
         if changes.session is not None:
-            text = self._change(conn, self.tables.sessions, key, changes.session, now)
-            if text is None:
+            changed = self._change(conn, self.tables.sessions, key, changes.session, now)
+            if changed is None:
                 return None
-            written["session"] = text
+            written["session"], revision = changed
         for name, table in (("app", self.tables.app_states), ("user", self.tables.user_states)):
             change: Change | None = getattr(changes, name)
             if change is not None:
-                text = self._change(conn, table, key, change, now)
-                if text is None:
+                changed = self._change(conn, table, key, change, now)
+                if changed is None:
                     parameters = {**key.parameters(), "v_now": now, "v_state": "{}"}
                     self.insert_if_missing(conn, table, parameters)
-                    text = self._change(conn, table, key, change, now)
-                if text is None:
+                    changed = self._change(conn, table, key, change, now)
+                if changed is None:
                     raise Overtaken
-                written[name] = text
+                written[name] = changed.text
+        if changes.session is not None and revision is not None:
+            # it reads, and a snapshot would be older than the rows that were waited for after it
+            self._record(conn, key, revision, written["session"], changes.session, now)
         return States(*map(written.get, States._fields))
 
     def delete(self, conn: Connection, key: Key) -> None:
@@ -271,6 +294,13 @@ class Generic(Pages, Lifecycle, History, Moving, Following):
 
     def check_size(self, conn: Connection, field: str, *texts: str) -> None:
         """Refuses what the server would not take in one packet; most have no such limit."""
+
+    def require_sight(self, conn: Connection) -> None:
+        """Nothing: what a role may read, it sees.
+
+        Raises:
+            ConfigurationError: policies hide rows from this role, so that there seem to be none.
+        """
 
     def commits_each_statement(self, conn: Connection) -> bool:
         """Whether the application's engine is in autocommit, where a row lock would not last."""
@@ -356,8 +386,8 @@ class Generic(Pages, Lifecycle, History, Moving, Following):
 
     def _change(
         self, conn: Connection, table: Table, key: Key, change: Change, now: datetime
-    ) -> str | None:
-        """Changes one scope's state on its locked row; what was written, None without a row."""
+    ) -> Changed | None:
+        """Changes one scope's state on its locked row; None without a row."""
         parameters: dict[str, Any] = {**key.parameters(), "v_now": now}
         if table is self.tables.sessions:
             row = self.lock_session(conn, key, with_state=True)
@@ -373,9 +403,7 @@ class Generic(Pages, Lifecycle, History, Moving, Following):
         parameters["v_state"] = codec.merge_state(row.state, text, change.deletes)
         self.check_size(conn, "state", parameters["v_state"])
         self._update(conn, statement, parameters)
-        if table is self.tables.sessions:
-            self._record(conn, key, row.update_time, text, change, now)
-        return text
+        return Changed(text, row.update_time if table is self.tables.sessions else None)
 
     def _record(
         self,
@@ -387,10 +415,18 @@ class Generic(Pages, Lifecycle, History, Moving, Following):
         now: datetime,
     ) -> None:
         """Notes what has changed a session's own state; its row is held."""
-        parameters = {**key.parameters(), "v_revision": revision, "v_now": now}
-        last = conn.execute(self._last_number, parameters).scalar()
-        number = {"v_number": (last or 0) + 1, "v_delta": text, "v_deleted": removed(change)}
-        conn.execute(self._insert_change, parameters | number)
+        newest, last, number = conn.execute(self._last_change, key.parameters()).one()
+        # an event is past update_time only where google-adk once moved that back
+        revision = max(revision, newest or revision)
+        parameters = {
+            **key.parameters(),
+            "v_revision": revision,
+            "v_number": number + 1 if last == revision else 1,
+            "v_now": now,
+            "v_delta": text,
+            "v_deleted": removed(change),
+        }
+        conn.execute(self._insert_change, parameters)
 
     def _merge_wider(self, conn: Connection, key: Key, deltas: Deltas, now: datetime) -> None:
         """Sets deltas in the wider scopes; rows are locked in this order."""

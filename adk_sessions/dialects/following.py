@@ -10,7 +10,7 @@ from sqlalchemy import Connection, Integer, bindparam, literal_column, null, sel
 
 from .reads import Reads
 from .rows import Key, StoredEvent
-from .types import Timestamp
+from .types import MYSQL_FAMILY, Timestamp
 
 
 class News(NamedTuple):
@@ -47,9 +47,15 @@ class Following(Reads):
             .where(self._is_event, e.timestamp > bindparam("k_since", type_=Timestamp()))
             .order_by(e.timestamp, e.id)
             .limit(bindparam("k_limit", type_=Integer()))
-            .subquery()
         )
-        return union_all(head, select(literal_column("1"), *events.c, null()))
+        if not self.tables.host_owned:
+            # else a session is read from its beginning to what is new
+            [index] = self.tables.events.indexes
+            hint = f"FORCE INDEX FOR ORDER BY ({index.name})"
+            for dialect in MYSQL_FAMILY:
+                events = events.with_hint(self.tables.events, hint, dialect)
+        new = events.subquery()
+        return union_all(head, select(literal_column("1"), *new.c, null()))
 
     @cached_property
     def _event_time(self) -> Any:

@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 from .. import codec, replay
-from ..errors import EventNotFoundError
+from ..errors import EventNotFoundError, StateUnknownError
 from .reads import Reads
 from .rows import Key, Snapshot, States, StoredEvent
 from .types import Timestamp
@@ -68,6 +68,7 @@ class History(Reads):
         The filters are `read`'s, and so is what they may let through.
 
         Where its beginning is not recorded, what happened later is read too.
+        After its newest event the record is held against the state as it is now.
 
         Returns:
             None if there is no such session.
@@ -218,8 +219,12 @@ class History(Reads):
     def _statement_at(self, limited: bool, timed: bool) -> Any:
         t = self.tables
         s = t.sessions.c
-        # the state as it is now only tells something where its beginning is not known
-        current = case((s.initial_state.is_(None), self.as_text(s.state)))
+        # the state as it is now only tells something where the beginning is not known, and after
+        # the newest event, where it is what all of the record must lead to
+        e = t.events.c
+        last = select(e.id).where(self._is_event).order_by(e.timestamp.desc(), e.id.desc()).limit(1)
+        newest = last.scalar_subquery() == bindparam("k_at", type_=String())
+        current = case((or_(s.initial_state.is_(None), newest), self.as_text(s.state)))
         head = select(
             literal_column("0").label("kind"),
             s.id,
@@ -236,7 +241,7 @@ class History(Reads):
         events = self._event_rows(up_to, *since, limited=limited)
         unknown = exists(select(s.id).where(self._is_session, s.initial_state.is_(None)))
         changes = self._change_rows().where(
-            or_(t.state_changes.c.revision < self._time_of_event(), unknown)
+            or_(t.state_changes.c.revision < self._time_of_event(), unknown, newest)
         )
         parts = [
             head,
@@ -302,6 +307,8 @@ def _snapshot_at(rows: Iterable[Any], *, whole: bool) -> Snapshot | None:
         [_made(row) for row in kinds[_CHANGE]],
         codec.load_state(current),
     )
+    if current is not None and replay.contradicted(past):
+        raise StateUnknownError
     state = codec.dump_state(replay.state_after(past, len(steps)))
     return Snapshot(create_time, revision, States(app_state, user_state, state), events)
 

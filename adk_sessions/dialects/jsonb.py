@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    Table,
     Text,
     bindparam,
     case,
@@ -22,8 +23,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
-from ..errors import SchemaError
+from ..errors import ConfigurationError, SchemaError
 from .base import Generic
+from .reads import Tables
 
 # The advisory lock's key, in the database of the tables: "adksess1" as a number.
 _MIGRATION = 0x61646B7365737331
@@ -33,6 +35,14 @@ _OWN_LOCK_TIMEOUT = text(
     "SELECT current_setting(name) FROM pg_settings"
     " WHERE name = 'lock_timeout' AND source = 'session'"
 )
+
+
+def bound(tables: Tables) -> tuple[Table, ...]:
+    """The tables with rows of users, which policies may hide."""
+    return (
+        *(tables.sessions, tables.events, tables.state_changes),
+        *(tables.user_states, tables.app_states),
+    )
 
 
 class JsonbColumns(Generic):
@@ -63,6 +73,15 @@ class JsonbColumns(Generic):
         actions = func.jsonb_build_object(literal_column("'actions'"), event["actions"])
         # what is no object is sent as it is, to be told from an event that sets nothing
         return self.as_text(case((func.jsonb_typeof(event) == "object", actions), else_=event))
+
+    def require_sight(self, conn: Connection) -> None:
+        quoted = conn.dialect.identifier_preparer.format_table
+        active = (func.row_security_active(quoted(table)) for table in bound(self.tables))
+        if any(conn.execute(select(*active)).one()):
+            raise ConfigurationError(
+                "Row level security hides rows from this role. Use one that the policies do not"
+                " bind, or for one user row_level_security=True."
+            )
 
     @contextmanager
     def migration_lock(self, conn: Connection) -> Iterator[bool]:

@@ -19,6 +19,7 @@ from sqlalchemy import (
     Connection,
     Integer,
     Select,
+    String,
     Table,
     bindparam,
     func,
@@ -26,7 +27,7 @@ from sqlalchemy import (
     or_,
     select,
     text,
-    union,
+    update,
 )
 
 from .reads import Reads
@@ -107,14 +108,6 @@ class Moving(Reads):
     """The statements."""
 
     # --- which ---------------------------------------------------------------------------------
-
-    def all_apps(self, conn: Connection) -> list[str]:
-        """Every application that has a row."""
-        names = (
-            select(table.c.app_name).distinct()
-            for table in (self.tables.sessions, self.tables.user_states, self.tables.app_states)
-        )
-        return sorted(row[0] for row in conn.execute(union(*names)))
 
     def session_count(self, conn: Connection, app_name: str, user_id: str | None) -> int:
         """How many sessions an app has, or one user of it."""
@@ -274,7 +267,7 @@ class Moving(Reads):
             "head": head,
             "events": events,
             "later": events.where(
-                e.timestamp >= time, or_(e.timestamp > time, e.id > bindparam("k_event"))
+                self._compared([e.timestamp, e.id], [time, bindparam("k_event", type_=String())])
             ),
             "changes": select(
                 *(c.revision, c.number, c.change_time),
@@ -282,7 +275,7 @@ class Moving(Reads):
             )
             .where(
                 self._is_change,
-                *(c.revision >= time, or_(c.revision > time, c.number > number)),
+                self._compared([c.revision, c.number], [time, number]),
                 c.revision <= until,
                 or_(c.revision < until, c.number <= bindparam("k_last", type_=Integer())),
             )
@@ -291,6 +284,12 @@ class Moving(Reads):
         }
 
     # --- writing -------------------------------------------------------------------------------
+
+    def set_start(self, conn: Connection, key: Key, text: str) -> None:
+        """Records what a session's own state began with."""
+        values = {"initial_state": self.as_json("v_state")}
+        statement = update(self.tables.sessions).where(self._is_session).values(values)
+        conn.execute(statement, {**key.parameters(), "v_state": text})
 
     def insert_rows(
         self, conn: Connection, table: Table, key: Key | None, rows: Iterable[dict[str, Any]]

@@ -25,11 +25,11 @@ from sqlalchemy import (
     case,
     cast,
     func,
+    literal,
     literal_column,
     null,
     or_,
     select,
-    tuple_,
     type_coerce,
     union_all,
 )
@@ -43,6 +43,8 @@ from .rows import Key, StoredEvent
 from .types import MYSQL_FAMILY, Timestamp
 
 Order = Literal["created", "updated"]
+
+_LIMIT = bindparam("k_limit", type_=Integer())
 
 #: where a row stands: its time, as the database has it, and then ids
 Place = tuple[Any, ...]
@@ -99,8 +101,6 @@ class Window:
 class Pages(Reads):
     """The statements."""
 
-    #: whether ``(a, b) < (c, d)`` is known, and makes use of an index
-    compares_rows: ClassVar[bool] = False
     #: whether a time is kept, and put in order, as whatever was written
     raw_times: ClassVar[bool] = False
     #: whether a string that is taken out of JSON still has its quotes
@@ -176,7 +176,7 @@ class Pages(Reads):
             select(*columns, events, self._raw(time).label("place"))
             .where(*where)
             .order_by(*(column.desc() for column in place))
-            .limit(bindparam("k_limit", type_=Integer()))
+            .limit(_LIMIT)
         )
         if not counts or order == "created":
             return statement
@@ -244,43 +244,50 @@ class Pages(Reads):
         return [_placed(row, window.after_id) for row in rows]
 
     def events_until(
-        self, conn: Connection, key: Key, *, window: Window, mentions: Sequence[str]
+        self, conn: Connection, key: Key, *, window: Window, mentions: Sequence[str], ahead: int
     ) -> list[PlacedEvent]:
         """Events from where the window begins to the last one, in its direction, whose text has one
-        of some pieces in it; none if there is no such one."""
-        e = self.tables.events.c
-        where = self._within(window)
-        text = self.as_text(e.event_data)
+        of some pieces in it; none if there is no such one.
+
+        Args:
+            conn: a connection.
+            key: the session.
+            window: where from, and in which direction.
+            mentions: the pieces: ids of calls whose responses are wanted, backward the calls.
+            ahead: how many events are looked at.
+        """
+        e, backward = self.tables.events.c, window.backward
+        text, place = self.as_text(e.event_data), self._raw(e.timestamp)
         names = [f"k_mention_{number}" for number in range(len(mentions))]
-        has_one = or_(*(text.like(bindparam(name, type_=String())) for name in names))
-        furthest = self._first_time(window, not window.backward, has_one)
-        to_there = e.timestamp >= furthest if window.backward else e.timestamp <= furthest
-        statement = (
-            self._event_columns(window)
-            .add_columns(self._first_time(window, not window.backward).label("end"))
-            .where(*where, to_there)
-            .order_by(*self._events_order(window.backward))
+        has_one = and_(
+            # what most have not
+            text.like(literal("%function%all%" if backward else "%function%esponse%", String())),
+            or_(*(text.like(bindparam(name, type_=String())) for name in names)),
         )
-        parameters = self._window_parameters(key, window)
+        # without the texts, as some databases keep all of it for a while
+        columns = (e.id, place.label("place"), case((has_one, place)).label("mention"))
+        looked_at = self._ordered(window, *columns, backward=backward).limit(_LIMIT).cte()
+        last = self._ordered(window, e.id, backward=not backward).limit(1)
+        end = last.correlate(None).scalar_subquery()
+        outermost = func.min if backward else func.max
+        furthest = select(outermost(looked_at.c.mention)).correlate(None).scalar_subquery()
+        at, id_ = looked_at.c.place, looked_at.c.id
+        statement = (
+            select(*self._event_columns(window), end.label("end"))
+            .select_from(
+                looked_at.join(self.tables.events, and_(self._is_event, e.id == looked_at.c.id))
+            )
+            .where(at >= furthest if backward else at <= furthest)
+            .order_by(*((at.desc(), id_.desc()) if backward else (at, id_)))
+        )
+        for dialect in MYSQL_FAMILY:
+            # else it may begin with all events of the session
+            statement = statement.prefix_with("STRAIGHT_JOIN", dialect=dialect)
+        parameters = self._window_parameters(key, window) | {"k_limit": ahead}
         parameters |= {name: f"%{piece}%" for name, piece in zip(names, mentions, strict=True)}
         rows = conn.execute(statement, parameters).all()
-        more = bool(rows) and rows[-1].end != rows[-1].place
+        more = bool(rows) and rows[-1].end != rows[-1].id
         return [_placed(row[:-1], None)._replace(more=more) for row in rows]
-
-    def _first_time(
-        self, window: Window, backward: bool, *where: ColumnElement[bool]
-    ) -> ColumnElement[Any]:
-        """The time of a window's newest event, or of its oldest."""
-        time = self._raw(self.tables.events.c.timestamp)
-        return (
-            select(time)
-            .select_from(self.tables.events)
-            .where(*self._within(window), *where)
-            .order_by(*self._events_order(backward))
-            .limit(1)
-            .correlate(None)
-            .scalar_subquery()
-        )
 
     def has_event(self, conn: Connection, key: Key, event_id: str) -> bool:
         """Whether a session has an event."""
@@ -292,22 +299,25 @@ class Pages(Reads):
         return bool(self.rows(conn, statement, {**key.parameters(), "k_event": event_id}))
 
     def _events_statement(self, window: Window) -> Select[Any]:
-        return (
-            self._event_columns(window)
-            .where(*self._within(window))
-            .order_by(*self._events_order(window.backward))
-            .limit(bindparam("k_limit", type_=Integer()))
-        )
+        columns = self._event_columns(window)
+        return self._ordered(window, *columns, backward=window.backward).limit(_LIMIT)
 
-    def _event_columns(self, window: Window) -> Select[Any]:
+    def _event_columns(self, window: Window) -> list[ColumnElement[Any]]:
         e = self.tables.events.c
         after: ColumnElement[Any] = null()
         if window.after_id is not None:
             after = self._time_of_after()
-        statement = select(
+        return [
             *(e.id, e.invocation_id, e.timestamp, self.as_text(e.event_data).label("data")),
             *(e.event_exact, self._raw(e.timestamp).label("place"), after.label("after")),
-        )
+        ]
+
+    def _ordered(self, window: Window, *columns: ColumnElement[Any], backward: bool) -> Select[Any]:
+        """A window's events, read by an index in their order."""
+        e = self.tables.events.c
+        place: list[ColumnElement[Any]] = [e.timestamp, e.id]
+        order = [column.desc() for column in place] if backward else place
+        statement = select(*columns).where(*self._within(window)).order_by(*order)
         if not self.tables.host_owned:
             # else a session is read from its beginning to where the page begins
             hint = f"FORCE INDEX FOR ORDER BY ({self._events_index})"
@@ -320,11 +330,6 @@ class Pages(Reads):
         """The name of the index in whose order events are read."""
         [name] = [str(index.name) for index in self.tables.events.indexes]
         return name
-
-    def _events_order(self, backward: bool) -> list[ColumnElement[Any]]:
-        e = self.tables.events.c
-        place: list[ColumnElement[Any]] = [e.timestamp, e.id]
-        return [column.desc() for column in place] if backward else place
 
     def _within(self, window: Window) -> list[ColumnElement[bool]]:
         e = self.tables.events.c
@@ -424,21 +429,6 @@ class Pages(Reads):
             for number in range(len(place))
         ]
         return self._compared(place, at, backward=backward)
-
-    def _compared(
-        self, place: Sequence[ColumnElement[Any]], at: Sequence[Any], *, backward: bool
-    ) -> ColumnElement[bool]:
-        if self.compares_rows:
-            rows = tuple_(*place), tuple_(*at)
-            return rows[0] < rows[1] if backward else rows[0] > rows[1]
-        *wider, last = zip(place, at, strict=True)
-        found: ColumnElement[bool] = last[0] < last[1] if backward else last[0] > last[1]
-        for column, value in reversed(wider):
-            further = column < value if backward else column > value
-            bound = column <= value if backward else column >= value
-            # the bound by itself is what an index is good for
-            found = and_(bound, or_(further, and_(column == value, found)))
-        return found
 
     def _place_parameters(self, name: str, place: Place) -> dict[str, Any]:
         return {f"{name}_{number}": value for number, value in enumerate(place)}

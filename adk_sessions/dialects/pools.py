@@ -79,9 +79,10 @@ class Pool:
         try:
             await asyncio.wait([closing], timeout=_GRACE)
         finally:
-            if self.connector is not None and not closing.done():
+            if self.connector is not None and (not closing.done() or closing.cancelled()):
                 self.connector.abandon()
-        await closing
+        if not closing.cancelled():  # as a loop that ends does; whoever waits here was not
+            await closing
 
     @property
     def is_connected(self) -> bool:
@@ -185,8 +186,11 @@ class Pools:
                 except RuntimeError:  # it has just been closed, and has seen to it
                     closing.close()
                     continue
-                with suppress(Exception):
-                    await asyncio.wait_for(asyncio.wrap_future(there), 2 * _GRACE)
+                # a loop that ends meanwhile cancels it, which is no cancelling of this task
+                closed = asyncio.wrap_future(there)
+                await asyncio.wait([closed], timeout=2 * _GRACE)
+                if not closed.cancel() and not closed.cancelled():
+                    closed.exception()  # of no consequence
 
     @property
     def dialect(self) -> Dialect:

@@ -41,6 +41,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from .. import codec
 from ..changes import Change, encode, removed
+from .base import Changed
 from .jsonb import JsonbColumns
 from .notices import notice_of
 from .prepared import Compiled
@@ -335,7 +336,7 @@ class PostgreSQL(JsonbColumns):
 
     def _change(
         self, conn: Connection, table: Table, key: Key, change: Change, now: datetime
-    ) -> str | None:
+    ) -> Changed | None:
         statements = self._changes.get(table)
         if statements is None:
             statements = self._changes[table] = self._changing(table)
@@ -350,7 +351,7 @@ class PostgreSQL(JsonbColumns):
         parameters = {"v_state": text, "v_keys": deleted, "v_now": now}
         parameters["v_deleted"] = removed(change)
         self._update(conn, write, {**key.parameters(), **parameters})
-        return text
+        return Changed(text)
 
     def _changing(self, table: Table) -> tuple[Any, Any]:
         """Locks a state's row and reads some keys of it; sets and deletes others.
@@ -382,14 +383,18 @@ class PostgreSQL(JsonbColumns):
         sessions, changes = self.tables.sessions.c, self.tables.state_changes
         ids = (sessions.app_name, sessions.user_id, sessions.id)
         session = write.returning(*ids, sessions.update_time).cte("s")
+        # an event is past update_time only where google-adk once moved that back
+        revision: ColumnElement[Any] = func.greatest(
+            session.c.update_time, self._newest_time.scalar_subquery(), type_=Timestamp()
+        )
         last = select(func.max(changes.c.number)).where(
-            self._is_change, changes.c.revision == session.c.update_time
+            self._is_change, changes.c.revision == revision
         )
         columns: dict[str, ColumnElement[Any]] = {
             "app_name": session.c.app_name,
             "user_id": session.c.user_id,
             "session_id": session.c.id,
-            "revision": session.c.update_time,
+            "revision": revision,
             "number": func.coalesce(last.scalar_subquery(), literal_column("0"))
             + literal_column("1"),
             "change_time": bindparam("v_now", type_=Timestamp()),

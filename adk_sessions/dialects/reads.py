@@ -24,6 +24,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    tuple_,
     type_coerce,
     union_all,
 )
@@ -59,6 +60,8 @@ class Reads:
 
     #: one statement does an operation, so it needs no transaction around it
     autocommit: ClassVar[bool] = False
+    #: whether ``(a, b) < (c, d)`` is known, and makes use of an index
+    compares_rows: ClassVar[bool] = False
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
@@ -128,6 +131,22 @@ class Reads:
     ) -> Sequence[Sequence[Any]]:
         """All rows of a SELECT that is built once, and whose parameters are single values."""
         return conn.execute(statement, parameters).all()
+
+    def _compared(
+        self, place: Sequence[ColumnElement[Any]], at: Sequence[Any], *, backward: bool = False
+    ) -> ColumnElement[bool]:
+        """Whether a row's place lies behind another, before it where that is backward."""
+        if self.compares_rows:
+            rows = tuple_(*place), tuple_(*at)
+            return rows[0] < rows[1] if backward else rows[0] > rows[1]
+        *wider, last = zip(place, at, strict=True)
+        found: ColumnElement[bool] = last[0] < last[1] if backward else last[0] > last[1]
+        for column, value in reversed(wider):
+            further = column < value if backward else column > value
+            bound = column <= value if backward else column >= value
+            # the bound by itself is what an index is good for
+            found = and_(bound, or_(further, and_(column == value, found)))
+        return found
 
     def _head(self) -> Select[Any]:
         t = self.tables

@@ -12,14 +12,17 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     ColumnElement,
     Connection,
+    FromClause,
     Table,
     and_,
     delete,
     exists,
     func,
     literal_column,
+    null,
     or_,
     select,
+    union_all,
     update,
 )
 
@@ -77,7 +80,7 @@ class Criteria:
             )
         )
 
-    def where(self, sessions: Table) -> ColumnElement[bool]:
+    def where(self, sessions: FromClause) -> ColumnElement[bool]:
         """What a session must be like to be deleted or cut, as far as the database can tell."""
         s = sessions.c
         expired = s.expire_time <= self.now
@@ -89,7 +92,7 @@ class Criteria:
             s.archive_time.is_not(None) if self.archived_only else None,
         ]
         given = [match for match in matches if match is not None]
-        return or_(expired, and_(*given)) if given else s.app_name.is_not(None)
+        return or_(expired, and_(*given)) if given else s.id.is_not(None)
 
 
 class Removed(NamedTuple):
@@ -109,6 +112,19 @@ class Removed(NamedTuple):
 Place = tuple[str, str]
 
 
+class Window(NamedTuple):
+    """What was found among some sessions that follow each other.
+
+    Attributes:
+        rows: with ``user_id``, ``id``, the four times, and whether there are ``more`` events than
+            are to be kept.
+        last: the last of those that were looked at, None if there are no others.
+    """
+
+    rows: list[Any]
+    last: Place | None
+
+
 class Retention(Reads):
     """The statements."""
 
@@ -118,39 +134,49 @@ class Retention(Reads):
         app_name: str,
         user_id: str | None,
         criteria: Criteria | None,
-        after: Place | None,
-        limit: int,
-    ) -> Sequence[Any]:
-        """Sessions that may have to go, in the order of their keys; nothing is locked.
+        after: tuple[str, ...],
+        look: int,
+        *,
+        more: bool = True,
+    ) -> Window:
+        """Sessions that may have to go, of the next ones by the primary key; nothing is locked.
 
         Args:
             conn: the connection.
             app_name: of this app.
             user_id: of this user, None for all.
             criteria: None for all sessions.
-            after: the last one of the batch before.
-            limit: how many at most.
-
-        Returns:
-            Rows with ``user_id``, ``id``, the four times, and whether there are ``more`` events
-            than are to be kept.
+            after: begins with all that there is if empty, behind a user, or behind one of a user's
+                sessions, and then it goes no further than this user: two conditions in one are
+                nothing that every database finds in an index.
+            look: how many to look at.
+            more: whether to look up if there are ``more`` events.
         """
-        s = self.tables.sessions
-        rows = self._sessions(app_name, user_id, criteria, more=True)
-        if after is not None:
-            user, session = after
-            rows = rows.where(
-                s.c.user_id >= user,
-                or_(s.c.user_id > user, and_(s.c.user_id == user, s.c.id > session)),
-            )
-        return conn.execute(rows.order_by(s.c.user_id, s.c.id).limit(limit)).all()
-
-    def count_prunable(
-        self, conn: Connection, app_name: str, user_id: str | None, criteria: Criteria
-    ) -> int:
-        """How many sessions `prunable` finds in all."""
-        rows = self._sessions(app_name, user_id, criteria).subquery()
-        return conn.execute(select(func.count()).select_from(rows)).scalar_one()
+        s = self.tables.sessions.c
+        where = [s.app_name == app_name]
+        if user_id is not None or len(after) > 1:
+            where.append(s.user_id == (after[0] if after else user_id))
+        elif after:
+            where.append(s.user_id > after[0])
+        if len(after) > 1:
+            where.append(s.id > after[1])
+        times = (s.create_time, s.update_time, s.archive_time, s.expire_time)
+        by_key = (s.user_id, s.id)
+        looked = select(*by_key, *times).where(*where).order_by(*by_key).limit(look).subquery()
+        rows = select(
+            literal_column("0").label("kind"),
+            *looked.c,
+            self._more(app_name, looked, criteria if more else None),
+        )
+        if criteria is not None:
+            rows = rows.where(criteria.where(looked))
+        place = select(*by_key).where(*where).order_by(*by_key).offset(look - 1).limit(1).subquery()
+        nothing = [null() for _ in (*times, "more")]
+        # in one statement, so that none slips through between the two
+        last = select(literal_column("1"), *place.c, *nothing)
+        found = conn.execute(union_all(rows, last)).all()
+        ends = [(row.user_id, row.id) for row in found if row.kind]
+        return Window([row for row in found if not row.kind], ends[0] if ends else None)
 
     def remove_sessions(
         self,
@@ -169,11 +195,13 @@ class Retention(Reads):
             places: which, in the order of their keys: that is the order of locks.
             criteria: asked again once the rows are held; None deletes them all.
         """
-        s = self.tables.sessions
+        s = self.tables.sessions.c
+        times = (s.create_time, s.update_time, s.archive_time, s.expire_time)
         held = conn.execute(
-            self._sessions(app_name, user_id, None)
-            .where(_are(places, s.c.user_id, s.c.id))
-            .order_by(s.c.user_id, s.c.id)
+            select(s.user_id, s.id, *times)
+            .where(*_of(self.tables.sessions, app_name, *([] if user_id is None else [user_id])))
+            .where(_are(places, s.user_id, s.id))
+            .order_by(s.user_id, s.id)
             .with_for_update()
         ).all()
         gone = [(row.user_id, row.id) for row in held if criteria is None or criteria.deletes(row)]
@@ -277,31 +305,23 @@ class Retention(Reads):
         t = self.tables
         return t.sessions, t.events, t.state_changes, t.user_states
 
-    def _sessions(
-        self, app_name: str, user_id: str | None, criteria: Criteria | None, *, more: bool = False
-    ) -> Any:
-        s, e = self.tables.sessions, self.tables.events.c
-        columns: list[ColumnElement[Any]]
-        columns = [s.c[name] for name in ("user_id", "id", "create_time", "update_time")]
-        columns += [s.c.archive_time, s.c.expire_time]
-        if more:
-            last: ColumnElement[Any] = literal_column("NULL")
-            if criteria is not None and criteria.keep_last is not None:
-                last = (
-                    select(literal_column("1"))
-                    .where(e.app_name == s.c.app_name, e.user_id == s.c.user_id)
-                    .where(e.session_id == s.c.id)
-                    .order_by(e.timestamp.desc(), e.id.desc())
-                    .offset(criteria.keep_last)
-                    .limit(1)
-                    .correlate(s)
-                    .scalar_subquery()
-                )
-            columns.append(last.label("more"))
-        rows = select(*columns).where(s.c.app_name == app_name)
-        if user_id is not None:
-            rows = rows.where(s.c.user_id == user_id)
-        return rows if criteria is None else rows.where(criteria.where(s))
+    def _more(
+        self, app_name: str, sessions: FromClause, criteria: Criteria | None
+    ) -> ColumnElement[Any]:
+        """Whether a session has more events than are to be kept."""
+        more: ColumnElement[Any] = literal_column("NULL")
+        if criteria is not None and criteria.keep_last is not None:
+            s, e = sessions.c, self.tables.events.c
+            more = (
+                select(literal_column("1"))
+                .where(e.app_name == app_name, e.user_id == s.user_id, e.session_id == s.id)
+                .order_by(e.timestamp.desc(), e.id.desc())
+                .offset(criteria.keep_last)
+                .limit(1)
+                .correlate(sessions)
+                .scalar_subquery()
+            )
+        return more.label("more")
 
     def _theirs(
         self, app_name: str, places: Sequence[Place]

@@ -13,13 +13,13 @@ from datetime import datetime
 from functools import wraps
 from typing import Any, ClassVar, TypeVar
 
-from sqlalchemy import Connection, String, Table, bindparam, func, select, text, true
+from sqlalchemy import Connection, String, bindparam, func, select, text, true
 from sqlalchemy.dialects.postgresql import dialect
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ..changes import Changes
 from ..errors import InvalidInputError, SchemaError
-from .jsonb import JsonbColumns
+from .jsonb import JsonbColumns, bound
 from .postgresql import PostgreSQL
 from .reads import Tables
 from .rows import Key, States
@@ -36,7 +36,7 @@ OPERATIONS = (
     *("read_at", "past", "fork"),
     *("sessions_page", "summary", "events_page", "events_until", "has_event", "users", "apps"),
     *("details", "set_details"),
-    *("prunable", "count_prunable", "remove_sessions", "count_sessions"),
+    *("prunable", "remove_sessions", "count_sessions"),
     *("beginning", "recorded_changes", "cut_beginning"),
     *("count_of_user", "remove_rest_of_user"),
 )
@@ -60,14 +60,6 @@ _POLICIES = text(
 _EXEMPT = text("SELECT rolsuper OR rolbypassrls FROM pg_roles WHERE rolname = current_user")
 
 
-def _bound(tables: Tables) -> tuple[Table, ...]:
-    """The tables with rows of users."""
-    return (
-        *(tables.sessions, tables.events, tables.state_changes),
-        *(tables.user_states, tables.app_states),
-    )
-
-
 def policies(tables: Tables) -> str:
     """SQL that lets a role see and write only the rows of the app and the user that it has named.
 
@@ -76,7 +68,7 @@ def policies(tables: Tables) -> str:
     """
     quoted = dialect().identifier_preparer.format_table  # type: ignore[no-untyped-call]
     statements = ["BEGIN"]
-    for table in _bound(tables):
+    for table in bound(tables):
         name = quoted(table)
         rows = " AND ".join(
             f"{column} = nullif(current_setting('{setting}', true), '')"
@@ -160,13 +152,16 @@ class Contained(JsonbColumns):
         self.enter(conn, **ids)
         return super().update_state(conn, key, changes, now)
 
+    def require_sight(self, conn: Connection) -> None:
+        """Nothing: each operation names whose rows it is about, and is refused without."""
+
     def require_policies(self, conn: Connection) -> None:
         """Sees that the policies are there and bind this role.
 
         Raises:
             SchemaError: rows of other users could be reached, and why.
         """
-        names = {table.name: table.schema for table in _bound(self.tables)}
+        names = {table.name: table.schema for table in bound(self.tables)}
         schema = next(iter(names.values()))
         found = {
             name: (enabled and forced, policies)

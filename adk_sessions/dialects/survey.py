@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Select, Table, and_, bindparam, func, literal, select, text
+from sqlalchemy import Connection, Select, Table, bindparam, func, literal, select, text
 
 from .base import Generic
 from .rows import Key
@@ -82,16 +82,22 @@ class Survey:
         deleted as text.
         """
         c, e = self._tables.state_changes.c, self._tables.events.c
-        after = and_(
-            e.app_name == c.app_name,
-            e.user_id == c.user_id,
-            e.session_id == c.session_id,
-            e.timestamp == c.revision,
+        # not the event of this revision: a fork's events are older than itself
+        after = (
+            select(e.id)
+            .where(
+                e.app_name == c.app_name,
+                e.user_id == c.user_id,
+                e.session_id == c.session_id,
+                e.timestamp <= c.revision,
+            )
+            .order_by(e.timestamp.desc(), e.id.desc())
+            .limit(1)
+            .scalar_subquery()
         )
         as_text = self._statements.as_text
         changes = (
-            select(e.id, c.change_time, as_text(c.delta), as_text(c.deleted))
-            .select_from(self._tables.state_changes.outerjoin(self._tables.events, after))
+            select(after, c.change_time, as_text(c.delta), as_text(c.deleted))
             .where(
                 c.app_name == bindparam("k_app"),
                 c.user_id == bindparam("k_user"),
