@@ -7,13 +7,14 @@ WORKERS ?= 3
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 # Every file that has more to do when ADK_SESSIONS_SOAK=1: they name one of these.
-SOAK = $$(grep -rlwE 'SOAK|PART' tests --include 'test_*.py')
+SOAK = $$(grep -rlwE 'SOAK|PART|EVERY_DATABASE' tests --include 'test_*.py')
 
 # What takes long and depends on no version of a library that users install: what servers do when
 # they die and when processes race, the tests' own servers, the wheel and what README tells people
 # to type, our own reader of pickles. `make test` runs them on the newest versions.
 LOWEST := $(addprefix --ignore=tests/,faults test_start.py test_processes.py test_servers.py \
-	test_package.py test_readme.py test_pickles.py test_layout.py test_compose.py)
+	test_package.py test_readme.py test_pickles.py test_layout.py test_compose.py \
+	test_page_plans.py test_watch.py test_erasure.py)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := bin/python -m pip install -qq

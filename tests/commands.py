@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -69,14 +70,20 @@ def environment(url: str | None) -> dict[str, str]:
 
 def start(*arguments: str, url: str | None = None, **options: Any) -> subprocess.Popen[str]:
     """A process of its own that goes on."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "adk_sessions", *arguments],
-        env=environment(url),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+    ours = signal.getsignal(signal.SIGINT)
+    if ours is signal.SIG_IGN:  # as in a shell's background, and processes inherit it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "adk_sessions", *arguments],
+            env=environment(url),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+    finally:
+        signal.signal(signal.SIGINT, ours)
 
 
 def next_line(running: subprocess.Popen[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from engines import engine_for
-from everywhere import BACKENDS, place_of
+from everywhere import EVERY_DATABASE, place_of
 from rows import execute
 from servers import Postgres
 from sqlalchemy import inspect, make_url, text
@@ -35,7 +35,7 @@ MARK = "xyzzy"
 NOTHING = ErasureReport(0, 0, 0, 0, 0, 0)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 async def service(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[SessionService]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from engines import engine_for
-from everywhere import BACKENDS, place_of
+from everywhere import EVERY_DATABASE, place_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -46,7 +46,7 @@ reachable = pytest.mark.parametrize("place", REACHABLE, indirect=True)
 one_of_each_kind = pytest.mark.parametrize("place", ["sqlite-memory", "postgresql"], indirect=True)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 def place(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> tuple[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from everywhere import BACKENDS, place_of
+from everywhere import EVERY_DATABASE, place_of
 from sqlalchemy import select
 from workers import event, load
 
@@ -27,7 +27,7 @@ from adk_sessions.dialects.faults import Undecided
 from adk_sessions.lifecycle import KEEP
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 async def service(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[SessionService]:

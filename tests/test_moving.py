@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from engines import engine_for
-from everywhere import BACKENDS, place_of
+from everywhere import EVERY_DATABASE, place_of
 from rows import execute, overwrite, query
 from servers import Postgres
 from test_rls import Place, new_place
@@ -122,7 +122,7 @@ async def spelled(service: Any, app: str) -> list[str]:
     return spelled
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 async def service(
     request: pytest.FixtureRequest, fresh_database: NewDatabase
 ) -> AsyncIterator[SessionService]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import wire
-from everywhere import BACKENDS, place_of
+from everywhere import EVERY_DATABASE, place_of
 from sqlalchemy import bindparam, make_url, text, update
 from workers import Crew
 
@@ -39,7 +39,7 @@ EPOCH = 1_700_000_000.0
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 async def service(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[SessionService]:
@@ -866,7 +866,7 @@ async def test_a_page_takes_one_round_trip_and_never_more_than_two(
 
 # --- beside writers in other processes ---------------------------------------------------------
 
-KINDS = [kind for kind in BACKENDS if kind != "sqlite-memory"]
+KINDS = [kind for kind in EVERY_DATABASE if kind != "sqlite-memory"]
 
 
 @pytest.fixture(scope="module")

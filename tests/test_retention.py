@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from everywhere import BACKENDS, place_of
+from everywhere import EVERY_DATABASE, place_of
 from sqlalchemy import Connection, func, make_url, null, select, update
 from sqlalchemy.event import listen, remove
 from workers import Crew, Record, event, load, read_all
@@ -42,7 +42,7 @@ NOW = 1_800_000_000.0
 NOW_TIME = clock.to_datetime(NOW)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 async def service(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[SessionService]:

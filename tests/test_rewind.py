@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from everywhere import BACKENDS, place_of
+from everywhere import EVERY_DATABASE, place_of
 from rows import execute, overwrite
 from sqlalchemy import make_url
 from workers import load
@@ -38,7 +38,7 @@ reachable = pytest.mark.parametrize("place", REACHABLE, indirect=True)
 one_of_each_kind = pytest.mark.parametrize("place", ["sqlite-memory", "postgresql"], indirect=True)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 def place(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> tuple[str, dict[str, Any]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from everywhere import BACKENDS, place_of
+from everywhere import EVERY_DATABASE, place_of
 
 from adk_sessions import ConfigurationError, Event, SessionService, survey
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 async def service(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[SessionService]:
