@@ -19,9 +19,9 @@ SHARED = {**workers.SHARED, "pgbouncer": "pgbouncer_url"}
 
 
 SOAK = os.environ.get("ADK_SESSIONS_SOAK") == "1"
-# For what has tests of its own besides the kit: through a pooler go the same statements as without,
-# so ADK_SESSIONS_SOAK=1 alone takes that way too.
-EVERY_DATABASE = [name for name in BACKENDS if SOAK or name != "pgbouncer"]
+# For what has tests of its own besides the kit: a pooler passes on the same statements, and SQLite
+# takes the same ones in memory, so ADK_SESSIONS_SOAK=1 alone takes those ways too.
+EVERY_DATABASE = [name for name in BACKENDS if SOAK or name not in ("pgbouncer", "sqlite-memory")]
 # What stands for the whole kit where another class runs all of it on the same database.
 REPRESENTATIVE = {
     "test_a_created_session_reads_back_equal",
