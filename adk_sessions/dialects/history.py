@@ -152,7 +152,7 @@ class History(Reads):
             "initial_state": s.initial_state,
         }
         times = {"v_now": now, "v_time": max(now, *filter(None, row))}
-        events, changes = [self._is_event], self._are_changes()
+        events, changes = [self._is_event], [self._is_change]
         if event_id is not None:
             then = self.read_at(conn, key, event_id, limit=0, after=None, epoch=0.0)
             if then is None:
@@ -207,14 +207,6 @@ class History(Reads):
         e, time = self.tables.events.c, self._time_of_event()
         at = bindparam("k_at", type_=String())
         return and_(e.timestamp >= time, or_(e.timestamp > time, e.id > at))
-
-    def _are_changes(self) -> list[ColumnElement[bool]]:
-        c = self.tables.state_changes.c
-        return [
-            c.app_name == bindparam("k_app"),
-            c.user_id == bindparam("k_user"),
-            c.session_id == bindparam("k_session"),
-        ]
 
     def _statement_at(self, limited: bool, timed: bool) -> Any:
         t = self.tables
@@ -277,7 +269,7 @@ class History(Reads):
             self.as_text(c.deleted),
             *(null(), null(), null()),
             c.number,
-        ).where(*self._are_changes())
+        ).where(self._is_change)
 
 
 def _made(row: Any) -> replay.Made:
