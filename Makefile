@@ -34,14 +34,14 @@ demo: venv  ## the quickstart, twice on one new database: the second run finds t
 	.venv/bin/python samples/quickstart/main.py && \
 	.venv/bin/python samples/quickstart/main.py
 
-check: venv  ## lint, format and types: what CI runs
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-	.venv/bin/mypy --strict
+check: venv .venv-check/installed  ## lint, format and types: what CI runs
+	.venv-check/bin/ruff check .
+	.venv-check/bin/ruff format --check .
+	.venv-check/bin/mypy --strict --python-executable .venv/bin/python
 
-format: venv  ## mend what `check` can mend
-	.venv/bin/ruff check --fix .
-	.venv/bin/ruff format .
+format: .venv-check/installed  ## mend what `check` can mend
+	.venv-check/bin/ruff check --fix .
+	.venv-check/bin/ruff format .
 
 test: venv  ## all tests; ARGS="-k name" chooses
 	.venv/bin/python $(PYTEST) $(ARGS)
@@ -59,14 +59,20 @@ bench: .venv-bench/installed  ## against google-adk's and sqlspec's stores; ARGS
 	PYTHONPATH=tests .venv-bench/bin/python -m benchmarks $(ARGS)
 
 clean:  ## remove the environments, the caches and what was built
-	rm -rf .venv .venv-core .venv-lowest .venv-bench build dist *.egg-info
+	rm -rf .venv .venv-check .venv-core .venv-lowest .venv-bench build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was broken off is made again.
 .venv/installed: pyproject.toml
 	@$(call new-venv,.venv)
-	.venv/$(PIP_INSTALL) -e '.[adk,mysql,test]'
+	.venv/$(PIP_INSTALL) -e '.[adk,mysql,parlant,test]'
+	@touch $@
+
+# By themselves: a package of parlant's wants an old mypy.
+.venv-check/installed: pyproject.toml
+	@$(call new-venv,.venv-check)
+	.venv-check/$(PIP_INSTALL) $$(.venv-check/bin/python .ci/extra.py check)
 	@touch $@
 
 .venv-core/installed: pyproject.toml

@@ -52,9 +52,7 @@ class Operations(Binding[S, E]):
         self, work: Callable[[Connection], T], *, write: bool, attempt: Attempt | None = None
     ) -> T:
         """One operation, repeated as long as that is safe and of use."""
-        return await self._retry(
-            lambda: self._database.run(work, write=write), write=write, attempt=attempt
-        )
+        return await self._retry.run(self._database, work, write=write, attempt=attempt)
 
     async def _run_once(self, work: Callable[[Connection], T]) -> T:
         """One transaction that must not be committed twice.
@@ -62,9 +60,7 @@ class Operations(Binding[S, E]):
         Raises:
             OutcomeUnknownError: the connection broke at the commit.
         """
-        return await self._retry(
-            lambda: self._database.run(work, write=True, once=True), write=False
-        )
+        return await self._retry.run_once(self._database, work)
 
     async def _consult(self, work: Callable[[Generic, Connection], T], *, replica: bool) -> T:
         """One operation that reads, from the replica if it may and there is one."""

@@ -15,7 +15,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
+from sqlalchemy import Connection
+
 from . import telemetry
+from .dialects import Database
 from .dialects.faults import Fault, Undecided, classify, is_database_error, translate
 from .errors import SessionStoreError
 
@@ -104,3 +107,22 @@ class Retry:
             telemetry.retried()
             await asyncio.sleep(pause)
             delay = min(max(2 * delay, _FIRST_DELAY), _LONGEST_DELAY)
+
+    async def run(
+        self,
+        database: Database,
+        work: Callable[[Connection], T],
+        *,
+        write: bool,
+        attempt: Attempt | None = None,
+    ) -> T:
+        """One operation on a database, repeated as long as that is safe and of use."""
+        return await self(lambda: database.run(work, write=write), write=write, attempt=attempt)
+
+    async def run_once(self, database: Database, work: Callable[[Connection], T]) -> T:
+        """One transaction that must not be committed twice.
+
+        Raises:
+            OutcomeUnknownError: the connection broke at the commit.
+        """
+        return await self(lambda: database.run(work, write=True, once=True), write=False)

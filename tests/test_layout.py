@@ -32,7 +32,8 @@ ORDER = [
     {"assembling"},
     {"appends", "history", "lifecycle", "moving", "pages", "watch"},
     {"service"},
-    {"adk", "doctor", "survey", "testing", "transfer"},
+    {"adk", "chat", "doctor", "parlant", "survey", "transfer"},
+    {"testing"},
     {"__init__"},
     {"cli"},
     {"__main__"},
@@ -42,7 +43,7 @@ RANK = {module: rank for rank, modules in enumerate(ORDER) for module in modules
 SIDEWAYS: set[tuple[str, str]] = set()
 NAMES_DATABASES = ("url.py", "dialects/")
 DATABASES = re.compile(r"postgres|sqlite|mysql|mariadb|oracle|mssql|cockroach", re.IGNORECASE)
-BUDGET = 13_500
+BUDGET = 14_900
 
 
 def name_of(path: Path) -> str:
@@ -66,6 +67,10 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
             yield module, node.lineno
             # `from . import codec` names modules too
             yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def is_kit(path: Path) -> bool:
+    return name_of(path) == "testing"
 
 
 def docstrings(tree: ast.Module) -> set[int]:
@@ -112,7 +117,7 @@ def test_the_check_of_imports_sees_them() -> None:
     assert {"errors", "codec", "dialects", "models", "retry", "migrate"} <= own_imports(
         PACKAGE / "service.py"
     )
-    assert {"errors", "url"} <= own_imports(PACKAGE / "dialects" / "__init__.py")
+    assert {"errors", "url"} <= own_imports(PACKAGE / "dialects" / "connecting.py")
     assert "alembic.config" in dict(imports(PACKAGE / "migrate.py"))
 
 
@@ -140,7 +145,7 @@ def outside() -> list[Path]:
         path
         for path in SOURCES
         if not path.relative_to(PACKAGE).as_posix().startswith((*NAMES_DATABASES, "_migrations/"))
-        and path.name != "testing.py"
+        and not is_kit(path)
     ]
 
 
@@ -190,6 +195,19 @@ def test_only_adk_imports_google_adk() -> None:
     assert importing == {"adk.py"}
 
 
+def test_only_its_folder_and_its_kit_import_parlant() -> None:
+    importing = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in SOURCES
+        for module, _ in imports(path)
+        if module.split(".")[0] == "parlant"
+    }
+    assert importing
+    assert {name for name in importing if not name.startswith("parlant/")} == {
+        "testing/documents.py"
+    }
+
+
 def test_alembic_is_imported_only_where_it_is_used() -> None:
     for path in SOURCES:
         if "_migrations" in path.parts:
@@ -232,7 +250,7 @@ def test_the_public_names_are_complete_and_sorted() -> None:
 def modules_with_all() -> list[str]:
     found = []
     for module in pkgutil.iter_modules([str(PACKAGE)]):
-        if module.name not in ("adk", "_migrations"):
+        if module.name not in ("adk", "parlant", "_migrations"):
             loaded = importlib.import_module(f"adk_sessions.{module.name}")
             if hasattr(loaded, "__all__"):
                 found.append(module.name)
@@ -290,7 +308,7 @@ def test_the_package_stays_small() -> None:
     counted = {
         path.relative_to(PACKAGE).as_posix(): code_lines(path)
         for path in SOURCES
-        if path.name != "testing.py" and "_migrations" not in path.parts
+        if not is_kit(path) and "_migrations" not in path.parts
     }
     total = sum(counted.values())
     print(f"{total} lines of code, of {BUDGET}")
@@ -298,5 +316,5 @@ def test_the_package_stays_small() -> None:
 
 
 def test_a_module_fits_one_sitting() -> None:
-    long = {path.name: code_lines(path) for path in SOURCES if path.name != "testing.py"}
+    long = {path.name: code_lines(path) for path in SOURCES if not is_kit(path)}
     assert {name: lines for name, lines in long.items() if lines > 400} == {}

@@ -5,29 +5,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from sqlalchemy import URL, Connection, StaticPool
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from .. import url as urls
 from ..errors import ConfigurationError
 from . import rls
 from .adk_sqlite import is_adk_sqlite
 from .base import Generic
-from .hosts import DRIVERS, Connector
+from .connecting import Database, Pooler, connect_engine, connect_url
 from .jsonb import JsonbColumns
 from .mysql import MySQL, NamedLock
 from .notices import Bells, Notices, channel_of
-from .pools import Pool
 from .postgresql import PostgreSQL
 from .reads import Tables
 from .replica import Replica
-from .servers import EngineDatabase, spare_rollbacks
-from .sqlite import SQLite, SQLiteDatabase, Synchronous
-from .types import MYSQL_FAMILY
+from .sqlite import SQLite, Synchronous
 
 __all__ = [
     "Backend",
@@ -46,10 +41,7 @@ __all__ = [
     "unadoptable",
 ]
 
-T = TypeVar("T")
-
 Backend = Literal["auto", "generic"]
-Pooler = Literal["transaction"]
 
 _STATEMENTS: dict[str, type[Generic]] = {
     "sqlite": SQLite,
@@ -65,62 +57,6 @@ _GENERIC: dict[str, type[Generic]] = {
     "mariadb": NamedLock,
 }
 supported = tuple(_STATEMENTS)
-# Options of create_engine that shape a pool; an SQLite file has two connections, always.
-_POOL_OPTIONS = {
-    "pool_size",
-    "max_overflow",
-    "pool_timeout",
-    "pool_recycle",
-    "pool_pre_ping",
-    "pool_use_lifo",
-    "pool_reset_on_return",
-    "poolclass",
-    "isolation_level",
-}
-# The default keeps 5 connections and opens 10 more for a moment when they are all in use, closing
-# each when it comes back: to connect takes longer than any call here, so waiting for one is faster.
-# The last one used goes first: its statements are prepared, and a server may drop idle ones.
-_POOL: dict[str, Any] = {"pool_size": 10, "max_overflow": 0, "pool_use_lifo": True}
-_POOL_SIZE = {"pool", "poolclass", *_POOL}
-
-
-class Database(Protocol):
-    """A place to run operations: each is a synchronous function of a Connection."""
-
-    #: a pooler stands between that may give each transaction another connection
-    behind_pooler: bool
-    #: it has been connected to
-    reached: bool
-
-    @property
-    def engine(self) -> AsyncEngine:
-        """An engine on the same database, for the application's own statements."""
-        ...
-
-    async def run(self, work: Callable[[Connection], T], *, write: bool, once: bool = False) -> T:
-        """Runs one operation, all of it or nothing; with ``once``, `Undecided` if that is open."""
-        ...
-
-    async def submit(self, work: Callable[[Connection], T], *, write: bool) -> T:
-        """Runs ``work``, which controls transactions itself."""
-        ...
-
-    def is_missing(self) -> bool:
-        """Whether there is nothing yet, and a first connection would make it."""
-        ...
-
-    async def close(self) -> None:
-        """Lets go of the connections that are ours."""
-        ...
-
-    @property
-    def system(self) -> str:
-        """The kind of database, as OpenTelemetry calls it."""
-        ...
-
-    def connections(self) -> tuple[int, int] | None:
-        """How many connections are in use and how many are idle; None without a pool."""
-        ...
 
 
 def unadoptable(conn: Connection, tables: Tables) -> str | None:
@@ -172,11 +108,6 @@ def open_url(
     *,
     backend: Backend = "auto",
     row_level_security: bool = False,
-    sqlite_synchronous: Synchronous = "FULL",
-    pooler: Pooler | None = None,
-    connect_timeout: float | None = None,
-    statement_timeout: float | None = None,
-    writes: bool = True,
     **options: Any,
 ) -> tuple[Database, Generic]:
     """The database at a URL and the statements it takes; nothing is connected yet.
@@ -186,85 +117,18 @@ def open_url(
         tables: the tables to work on.
         backend: ``generic`` forces the path that any SQL database can go.
         row_level_security: names the app and the user in each transaction.
-        sqlite_synchronous: durability of an SQLite file.
-        pooler: ``transaction`` for one that may give each transaction another connection.
-        connect_timeout: seconds for each host; None for what the URL says.
-        statement_timeout: seconds that an operation may take once it has a connection.
-        writes: whether, of several hosts, it must be one that can be written to.
-        options: of ``create_async_engine``.
+        options: further ones of `connect_url`.
 
     Raises:
         ConfigurationError: bad URL, missing or synchronous driver, unknown option.
     """
-    if sqlite_synchronous not in ("FULL", "NORMAL"):
-        raise ConfigurationError("sqlite_synchronous must be 'FULL' or 'NORMAL'")
-    _check_pooler(pooler)
-    _check_seconds("connect_timeout", connect_timeout)
-    _check_seconds("statement_timeout", statement_timeout)
-    target = urls.resolve(url)
-    if target.url.get_backend_name() == "sqlite":
-        statements = statements_for("sqlite", tables, backend, row_level_security)
-        connect_args = {**target.connect_args, **options.pop("connect_args", {})}
-        engine_options = {k: v for k, v in options.items() if k not in _POOL_OPTIONS}
-        return (
-            SQLiteDatabase(
-                target.url, connect_args, synchronous=sqlite_synchronous, **engine_options
-            ),
-            statements,
-        )
-    sparing = False
-    if target.url.get_backend_name() in MYSQL_FAMILY:
-        # REPEATABLE READ would lock gaps, and on recent MariaDB refuse rows that changed while a
-        # transaction waited for another one; every statement here locks what it relies on
-        options.setdefault("isolation_level", "READ COMMITTED")
-        sparing = not options.keys() & {"pool", "pool_reset_on_return"}
-        if sparing:
-            options["pool_reset_on_return"] = None
-        if not target.url.database and tables.sessions.schema is None:
-            raise ConfigurationError("The URL names no database: add /name to it, or pass schema=")
-    if not options.keys() & _POOL_SIZE:
-        options |= _POOL
-    driver = target.url.get_driver_name()
-    if driver not in DRIVERS and not connect_timeout is statement_timeout is None:
-        raise ConfigurationError(
-            f"connect_timeout and statement_timeout are for {' and '.join(DRIVERS)}: give {driver}"
-            " its own in connect_args"
-        )
-    if pooler is not None:
-        if driver != "asyncpg":
-            raise ConfigurationError(f"pooler= is for PostgreSQL with asyncpg, not for {driver}")
-        options["connect_args"] = {**(options.get("connect_args") or {}), "statement_cache_size": 0}
-
-    def make() -> Pool:
-        connector, given = None, options.get("connect_args") or {}
-        if driver in DRIVERS and isinstance(given, Mapping):
-            connect = given.get("async_creator_fn")
-            connector = Connector(driver, timeout=connect_timeout, writes=writes, connect=connect)
-            given = {**given, "async_creator_fn": connector}
-        engine = urls.create_engine(url, **{**options, "connect_args": given})
-        if connector is not None:
-            connector.attach(engine)
-        if sparing:
-            spare_rollbacks(engine)
-        return Pool(rls.in_transactions(engine) if row_level_security else engine, connector)
-
-    def make_another() -> Pool:
-        if "pool" in options:
-            raise ConfigurationError("A pool that was passed works in one event loop only.")
-        return make()
-
-    pool = make()
-    connect_args = {**target.connect_args, **(options.get("connect_args") or {})}
-    statements = statements_for(pool.engine.dialect.name, tables, backend, row_level_security)
-    database = EngineDatabase(
-        pool,
-        statements,
-        make=make_another,
-        # what `pgbouncer=true` turns into; nobody else would do without the cache
-        behind_pooler=connect_args.get("statement_cache_size") == 0,
-        timeout=statement_timeout,
+    return connect_url(
+        url,
+        lambda name: statements_for(name, tables, backend, row_level_security),
+        schema=tables.sessions.schema,
+        row_level_security=row_level_security,
+        **options,
     )
-    return database, statements
 
 
 def open_engine(
@@ -273,8 +137,7 @@ def open_engine(
     *,
     backend: Backend = "auto",
     row_level_security: bool = False,
-    pooler: Pooler | None = None,
-    statement_timeout: float | None = None,
+    **options: Any,
 ) -> tuple[Database, Generic]:
     """A database behind an engine that the application made, and the statements it takes.
 
@@ -283,28 +146,17 @@ def open_engine(
         tables: the tables to work on.
         backend: ``generic`` forces the path that any SQL database can go.
         row_level_security: names the app and the user in each transaction.
-        pooler: what stands between; the engine is to be made for it.
-        statement_timeout: seconds that an operation may take once it has a connection.
+        options: further ones of `connect_engine`.
 
     Raises:
         ConfigurationError: an option is not acceptable, or not for this engine's driver.
     """
-    _check_pooler(pooler)
-    _check_seconds("statement_timeout", statement_timeout)
-    name, driver = engine.dialect.name, engine.dialect.driver
-    statements = statements_for(name, tables, backend, row_level_security)
-    if name == "sqlite":
-        pooler = statement_timeout = None
-    if pooler is not None and name != "postgresql":
-        raise ConfigurationError(f"pooler= is for PostgreSQL, not for {name}")
-    if statement_timeout is not None and driver not in DRIVERS:
-        raise ConfigurationError(f"statement_timeout is for {' and '.join(DRIVERS)}")
-    if row_level_security:
-        engine = rls.in_transactions(engine)
-    database = EngineDatabase(
-        Pool(engine), statements, behind_pooler=pooler is not None, timeout=statement_timeout
+    return connect_engine(
+        engine,
+        lambda name: statements_for(name, tables, backend, row_level_security),
+        row_level_security=row_level_security,
+        **options,
     )
-    return database, statements
 
 
 def open_replica(
@@ -374,16 +226,3 @@ def open_bells(database: Database, statements: Generic, *, notify: bool) -> Bell
         raise ConfigurationError("notify=True needs a second connection, which StaticPool has not")
     statements.channel = channel_of(statements.tables)
     return Notices(lambda: database.engine, statements.channel)
-
-
-def _check_pooler(pooler: object) -> None:
-    if pooler not in ("transaction", None):
-        raise ConfigurationError("pooler must be 'transaction' or None")
-
-
-def _check_seconds(name: str, value: object) -> None:
-    if value is None:
-        return
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:  # type: ignore[operator]
-        raise ConfigurationError(f"{name} must be seconds, more than 0, or None")

@@ -302,12 +302,6 @@ class Generic(Pages, Lifecycle, History, Moving, Following):
             ConfigurationError: policies hide rows from this role, so that there seem to be none.
         """
 
-    def commits_each_statement(self, conn: Connection) -> bool:
-        """Whether the application's engine is in autocommit, where a row lock would not last."""
-        configured = conn.get_execution_options().get("isolation_level")
-        at_connect = getattr(conn.dialect, "_on_connect_isolation_level", None)
-        return (configured or at_connect) == "AUTOCOMMIT"
-
     @contextmanager
     def transaction(self, conn: Connection, *, write: bool = True) -> Iterator[None]:
         """One transaction of a connection that `Database.submit` gave; all of it or nothing."""

@@ -29,6 +29,7 @@ from sqlalchemy import (
     union_all,
 )
 
+from .manner import Manner
 from .rows import Key, Listed, Listing, Snapshot, snapshot
 
 _PING: Any = select(literal_column("1"))
@@ -51,15 +52,13 @@ class Tables(Protocol):
     def host_owned(self) -> bool: ...
 
 
-class Reads:
+class Reads(Manner):
     """The operations that read.
 
     Args:
         tables: the tables to work on.
     """
 
-    #: one statement does an operation, so it needs no transaction around it
-    autocommit: ClassVar[bool] = False
     #: whether ``(a, b) < (c, d)`` is known, and makes use of an index
     compares_rows: ClassVar[bool] = False
 

@@ -16,11 +16,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.pool import PoolResetState, SingletonThreadPool, StaticPool
 
 from ..turns import Turns
-from .base import Generic
+from . import lanes
 from .faults import Undecided, is_lost, must_invalidate
 from .hosts import Clock
+from .manner import Manner
 from .pools import Pool, Pools
-from .sqlite import SQLite, finished
+from .sqlite import finished
 
 T = TypeVar("T")
 
@@ -46,7 +47,7 @@ class EngineDatabase:
     def __init__(
         self,
         pool: Pool,
-        statements: Generic,
+        statements: Manner,
         *,
         make: Callable[[], Pool] | None = None,
         behind_pooler: bool = False,
@@ -58,7 +59,7 @@ class EngineDatabase:
         self._timeout = timeout
         #: a connection has been had: the server is there, or was
         self.reached = False
-        self._explicit = isinstance(statements, SQLite)
+        self._explicit = statements.says_begin
         self._pools = Pools(pool, make, threaded=self._explicit)
         # Set on each connection: options of the application's engine are set when it is lent, and
         # win over those of an engine that is made from it.
@@ -126,7 +127,8 @@ class EngineDatabase:
     ) -> T:
         try:
             if self._explicit:
-                return SQLite.transact(conn, work, write=write)
+                with lanes.transaction(conn, write=write):
+                    return work(conn)
             if once or (write and not self._statements.autocommit):
                 if self._statements.commits_each_statement(conn):
                     result = _in_transaction(conn, work, once)

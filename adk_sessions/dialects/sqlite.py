@@ -114,6 +114,7 @@ def _padded(text: str) -> str:
 class SQLite(Generic):
     """Statements for SQLite. The transaction's BEGIN IMMEDIATE has locked everything already."""
 
+    says_begin = True
     locks_migrations = True
     rebuilds_in_transaction = True
     compares_rows = True
@@ -205,12 +206,6 @@ class SQLite(Generic):
         return [or_(*super()._since(), number)]
 
     transaction = staticmethod(transaction)
-
-    @staticmethod
-    def transact(conn: Connection, work: Callable[[Connection], T], *, write: bool) -> T:
-        """Runs ``work`` in one transaction of an AUTOCOMMIT connection."""
-        with transaction(conn, write=write):
-            return work(conn)
 
     @contextmanager
     def rebuilding(self, conn: Connection) -> Iterator[None]:

@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import pytest
 import pytest_asyncio
 
-from .errors import (
+from ..errors import (
     AlreadyExistsError,
     EventConflictError,
     InvalidInputError,
     SessionNotFoundError,
     StaleSessionError,
 )
-from .session import Event, EventActions, GetSessionConfig, ListSessionsResponse
+from ..session import Event, EventActions, GetSessionConfig, ListSessionsResponse
 
 __all__ = ["SessionServiceContract"]
 
