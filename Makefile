@@ -7,7 +7,7 @@ WORKERS ?= 3
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 
 # Every file that has more to do when ADK_SESSIONS_SOAK=1: they name one of these.
-SOAK = $$(grep -rlwE 'SOAK|PART|EVERY_DATABASE' tests --include 'test_*.py')
+SOAK = $$(grep -rlwE 'SOAK|PART|NO_TABLES|EVERY_DATABASE' tests --include 'test_*.py')
 
 # What takes long and depends on no version of a library that users install: what servers do when
 # they die and when processes race, the tests' own servers, the wheel and what README tells people
@@ -17,7 +17,10 @@ LOWEST := $(addprefix --ignore=tests/,faults test_start.py test_processes.py tes
 	test_page_plans.py test_watch.py test_erasure.py)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PIP_INSTALL := bin/python -m pip install -qq
+# Half of an installation was compiling what nobody imports: Python compiles the rest at its first
+# use and keeps that, unless it is told not to, as in many containers.
+PIP_INSTALL := bin/python -m pip install -qq --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -67,6 +70,7 @@ clean:  ## remove the environments, the caches and what was built
 .venv/installed: pyproject.toml
 	@$(call new-venv,.venv)
 	.venv/$(PIP_INSTALL) -e '.[adk,mysql,parlant,test]'
+	@cd .venv && bin/python -c 'import google.adk.cli.fast_api, parlant.sdk'  # compiles them
 	@touch $@
 
 # By themselves: a package of parlant's wants an old mypy.
@@ -96,5 +100,6 @@ clean:  ## remove the environments, the caches and what was built
 define new-venv
 $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	{ echo 'Python 3.11 or newer is needed: make PYTHON=python3.11 ...' >&2; exit 1; }; \
-echo '$(PYTHON) -m venv $(1)'; $(PYTHON) -m venv $(1)
+echo '$(PYTHON) -m venv $(1)'; $(PYTHON) -m venv $(1) && \
+{ $(1)/$(PIP_INSTALL) -U pip || echo 'pip stays the one that Python brings' >&2; }
 endef

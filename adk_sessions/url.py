@@ -14,7 +14,7 @@ import re
 import ssl
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from urllib.parse import quote_plus, unquote
 
@@ -95,7 +95,8 @@ def resolve(db_url: str | URL) -> Target:
     """Translate a database URL for its async driver.
 
     `sqlite`, `postgres`, `postgresql`, `mysql` and `mariadb` get aiosqlite, asyncpg and asyncmy;
-    a URL that names an async driver keeps it. A relative SQLite path becomes absolute.
+    a URL that names an async driver keeps it. A relative SQLite path becomes absolute. That there
+    is no path, so that nothing will last, is said in the log, once.
 
     For asyncpg the parameters of libpq are understood: several hosts, unix sockets, `sslmode` and
     the certificate files, `application_name`, `options`, `connect_timeout` (seconds, 0 for no
@@ -255,10 +256,25 @@ def _absolute(url: URL, shown: str) -> URL:
         )
     path = url.database
     is_uri = _query(url).get("uri", "no").lower() in ("true", "t", "yes", "y", "on", "1")
-    if not path or path == ":memory:" or (is_uri and path.startswith("file:")):
+    if not path or path == ":memory:":
+        _tell_of_memory()
+        return url
+    if is_uri and path.startswith("file:"):
         return url
     # Otherwise SQLAlchemy resolves it at each connect, and a chdir in between splits the data.
-    return url.set(database=os.path.abspath(path))
+    absolute = os.path.abspath(path)
+    if not os.path.isabs(path):
+        logger.info("The URL's path is relative to the working directory: the file is %s", absolute)
+    return url.set(database=absolute)
+
+
+@cache
+def _tell_of_memory() -> None:
+    """Says once what people learn too late who have forgotten a file's name."""
+    logger.warning(
+        "This SQLite URL names no file: everything is kept in memory, and is gone when the service"
+        " is closed or the process ends. To keep it name a file: sqlite:///chats.db"
+    )
 
 
 def _query(url: URL) -> dict[str, str]:

@@ -38,7 +38,7 @@ def pytest_collection_finish() -> None:
     processors' time. What the tests leave is still collected, less often."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(100_000, 20, 20)
 
 
 def _missing(reason: str) -> BaseException:

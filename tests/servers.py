@@ -301,7 +301,8 @@ class Postgres(Server):
         pids = [process.pid, *self._backends()]
         try:
             for pid in pids:
-                os.kill(pid, signal.SIGSTOP)
+                with suppress(ProcessLookupError):  # a back end that has ended meanwhile
+                    os.kill(pid, signal.SIGSTOP)
             yield
         finally:
             for pid in pids:

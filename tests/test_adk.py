@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
-from everywhere import PART
+from everywhere import PART, SOAK
 
 pytest.importorskip("google.adk")
 
@@ -50,7 +50,9 @@ from adk_sessions.errors import (
 )
 
 EVERY_DATABASE = pytest.mark.parametrize(
-    "database_url", ["sqlite", "sqlite-memory", "postgresql", "mariadb"], indirect=True
+    "database_url",
+    ["sqlite", "postgresql", "mariadb", *(["sqlite-memory"] if SOAK else [])],
+    indirect=True,
 )
 EXACTLY_ONE = "Exactly one of 'db_url' or 'db_engine' must be provided"
 SCOPES = ("", "user:", "app:")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from engines import engine_for
-from everywhere import BACKENDS, place_of
+from everywhere import EVERY_DATABASE, place_of
 from sqlalchemy import event as hooks
 
 from adk_sessions import (
@@ -25,7 +25,7 @@ from adk_sessions import (
 )
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 async def service(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[SessionService]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from everywhere import BACKENDS, place_of
+from everywhere import BACKENDS, SOAK, place_of
 from sqlalchemy.pool import QueuePool
 from workers import event, in_each_scope
 
@@ -42,7 +42,7 @@ class Place:
         assert pool.checkedout() == 0
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[name for name in BACKENDS if SOAK or name != "sqlite-memory"])
 async def place(
     request: pytest.FixtureRequest,
     fresh_database: Callable[[str], str],

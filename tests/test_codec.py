@@ -11,6 +11,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from everywhere import SOAK
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -89,7 +90,10 @@ EVENTS = st.builds(
 )
 
 quick = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
+    max_examples=100 if SOAK else 40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    database=None,
 )
 
 
@@ -518,6 +522,8 @@ def test_an_event_is_the_same_as_itself_reloaded(event: Event) -> None:
 
 # What a real JSONB says
 
+SAMPLE = 300 if SOAK else 100
+
 
 def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
     found: list[Any] = []
@@ -547,7 +553,7 @@ async def test_jsonb_gives_back_every_state(postgres_url: str) -> None:
     odd: list[Callable[[Any], Any]] = [lambda v: v, lambda v: [v], lambda v: {"k": v}]
     states = [{"a": wrap(v)} for v in ODD_NUMBERS + HUGE + ODD_TEXTS for wrap in odd]
     states += [{"a": {text: [{text: text}]}} for text in ODD_TEXTS]
-    states += examples(STATES, 300)
+    states += examples(STATES, SAMPLE)
     back = await through_jsonb(postgres_url, [dump_state(state) for state in states])
     assert [
         s for s, text in zip(states, back, strict=True) if not identical(s, load_state(text))
@@ -556,7 +562,7 @@ async def test_jsonb_gives_back_every_state(postgres_url: str) -> None:
 
 async def test_jsonb_gives_back_every_event(postgres_url: str) -> None:
     odd = [event(content=[v], custom={"k": v}) for v in ODD_NUMBERS + HUGE + ODD_TEXTS]
-    events = odd + examples(EVENTS, 300)
+    events = odd + examples(EVENTS, SAMPLE)
     texts = [dump_event(event) for event in events]
     back = await through_jsonb(postgres_url, [text.data for text in texts])
     for one, text, data in zip(events, texts, back, strict=True):

@@ -12,6 +12,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from everywhere import EVERY_DATABASE
 from servers import Postgres
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -49,7 +50,7 @@ from adk_sessions.url import create_engine
 ON_POSTGRESQL = ["postgresql", "generic"]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[name for name in BACKENDS if name in EVERY_DATABASE])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

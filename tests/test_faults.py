@@ -26,6 +26,7 @@ from adk_sessions import (
     SessionService,
     SessionStoreError,
     StaleSessionError,
+    appends,
 )
 from adk_sessions.url import create_engine
 
@@ -528,7 +529,10 @@ async def test_an_append_cancelled_at_the_worst_moment_is_stored_whole_or_not_at
 
 
 @pytest.mark.parametrize("backend", ["postgresql", "mariadb"], indirect=True)
-async def test_a_cancelled_append_to_a_silent_server_is_given_up(line: Line) -> None:
+async def test_a_cancelled_append_to_a_silent_server_is_given_up(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(appends, "_PATIENCE", 0.5)
     session = await line.session()
     before = session.model_dump()
     one = event("event-1", in_each_scope("k1"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+from everywhere import SOAK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
@@ -155,7 +156,9 @@ PART = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=200 if SOAK else 60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(st.lists(PART, max_size=3), OBJECT, OBJECT)
 def test_any_event_is_the_same(made: list[Any], state: Any, metadata: Any) -> None:
     event = Event(

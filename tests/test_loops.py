@@ -11,7 +11,6 @@ import faulthandler
 import gc
 import json
 import os
-import subprocess
 import sys
 import threading
 import traceback
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+import forked
 import pytest
 from engines import engine_for
 from servers import run_sync
@@ -365,8 +365,7 @@ async def lent_to_children(url: str, app: str) -> list[str]:
 
 def launched(job: Callable[..., Any], *arguments: Any) -> Any:
     """What a job comes to in a process that has no threads."""
-    command = [sys.executable, "-W", "error", __file__, job.__name__, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE)
+    done = forked.run(__file__, job.__name__, json.dumps(arguments), patience=2 * PATIENCE)
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)
 

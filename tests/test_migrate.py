@@ -15,6 +15,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from alembic.config import CommandLine, Config
 from alembic.script import ScriptDirectory
@@ -95,14 +96,7 @@ def alembic(*arguments: str, url: str | None = None) -> subprocess.CompletedProc
     environment = {k: v for k, v in os.environ.items() if k != "ADK_SESSIONS_URL"}
     if url is not None:
         environment["ADK_SESSIONS_URL"] = url
-    return subprocess.run(
-        [sys.executable, "-m", "alembic", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
+    return forked.run("-m", "alembic", *arguments, environment=environment, folder=ROOT)
 
 
 async def shell(*arguments: str, url: str | None = None) -> str:
@@ -420,13 +414,7 @@ async def test_an_application_can_list_our_history_in_its_own(
     )
 
     def command(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "alembic", *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=150,
-        )
+        done = forked.run("-m", "alembic", *arguments, folder=tmp_path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -16,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from engines import engine_for
 from everywhere import EVERY_DATABASE, place_of
@@ -592,11 +592,7 @@ async def test_a_killed_import_is_repeated(
         asyncio.run(service.import_sessions(open(sys.argv[2], encoding="utf-8")))
     """
     url = fresh_database(kind)
-    child = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-c", textwrap.dedent(program), url, str(file)],
-        timeout=150,
-    )
+    child = await asyncio.to_thread(forked.run, "-c", textwrap.dedent(program), url, str(file))
     assert child.returncode == -signal.SIGKILL
     async with SessionService(url) as service:
         report = await service.import_sessions(lines)

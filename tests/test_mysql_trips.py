@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import forked
 import pytest
 import sqlalchemy
 import wire
@@ -274,16 +274,9 @@ async def test_no_deadlock_among_processes_with_every_mix_of_deltas(
     # the first creates insert the scopes' rows, which is not what this is about
     for user in ("user-0", "user-1"):
         await service.create_session(app_name=app_name, user_id=user)
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", __file__, mariadb_url, app_name, f"w{n}"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for n in range(WRITERS)
-    ]
-    ends = await asyncio.gather(*(asyncio.to_thread(one.communicate) for one in processes))
-    assert [error for _, error in ends if error] == []
+    jobs = [(__file__, mariadb_url, app_name, f"w{n}") for n in range(WRITERS)]
+    ends = await asyncio.gather(*(asyncio.to_thread(forked.run, *job) for job in jobs))
+    assert [(one.returncode, one.stderr) for one in ends] == [(0, "")] * WRITERS
     written = {f"w{w}-{t}-{n}" for w in range(WRITERS) for t in range(4) for n in range(APPENDS)}
     state = await service.get_app_state(app_name=app_name)
     assert state.keys() - {"c"} == written

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from everywhere import SOAK
 
 from adk_sessions import migrate
 
@@ -157,7 +158,7 @@ def test_an_application_lists_the_wheels_revisions(clean_python: Path, tmp_path:
     assert migrate.HEAD in run(*command, "current", cwd=tmp_path, env=environment).stdout
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("kind", ["sqlite", *(["postgresql"] if SOAK else [])])
 def test_the_wheels_command_upgrades(
     kind: str, clean_python: Path, tmp_path: Path, fresh_database: Callable[[str], str]
 ) -> None:

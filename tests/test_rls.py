@@ -33,6 +33,7 @@ from adk_sessions import (
     SessionNotFoundError,
     SessionService,
     StaleSessionError,
+    appends,
     dialects,
 )
 from adk_sessions.dialects.rls import (
@@ -750,8 +751,14 @@ async def test_settings_do_not_reach_the_next_borrower(
 @pytest.mark.parametrize("isolation", [None, "AUTOCOMMIT"])
 @pytest.mark.parametrize("backend", BACKENDS)
 async def test_a_cancelled_call_leaves_no_settings(
-    place: Place, two: Two, backend: str, isolation: str | None
+    place: Place,
+    two: Two,
+    backend: str,
+    isolation: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # so long it waits for a server that does not answer
+    monkeypatch.setattr(appends, "_PATIENCE", 0.3)
     async with one_connection(place, isolation) as engine:
         service = place.service(engine=engine, backend=backend)
         await service.ping()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from everywhere import SOAK
 
 pytest.importorskip("google.adk")
 
@@ -44,9 +45,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*SequentialAgent is deprecated:DeprecationWarning"),
 ]
 
-EVERY_DATABASE = pytest.mark.parametrize(
-    "database_url", ["sqlite", "postgresql", "mariadb"], indirect=True
-)
+KINDS = ["sqlite", "postgresql", "mariadb"]
+EVERY_DATABASE = pytest.mark.parametrize("database_url", KINDS, indirect=True)
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
 SID = "the session"
 
@@ -354,8 +354,15 @@ def exactly(ends: dict[str, Any], kept: dict[str, list[Event]]) -> None:
     assert not {"n1", "n2"} & ends["ours"]["state"].keys()
 
 
-@EVERY_DATABASE
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
+@pytest.mark.parametrize(
+    ("script", "database_url"),
+    [
+        pytest.param(script, kind, id=f"{script.__name__}-{kind}")
+        for number, script in enumerate(SCRIPTS)
+        for kind in (KINDS if SOAK else ["sqlite", KINDS[1 + number % 2]])
+    ],
+    indirect=["database_url"],
+)
 async def test_a_script_ends_as_on_adks_own_service(
     services: dict[str, BaseSessionService],
     script: Callable[[Talk], Awaitable[None]],

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from everywhere import BACKENDS, place_of
+from everywhere import BACKENDS, EVERY_DATABASE, place_of
 from workers import event, in_each_scope, load, seen
 
 from adk_sessions import (
@@ -26,7 +26,7 @@ from adk_sessions import (
 WRITERS = 8
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 def make(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> Callable[[], SessionService]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -333,12 +332,7 @@ print("fine")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_service_works_on_both_sides_of_a_fork(path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED, f"sqlite:///{path}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = forked.run("-c", FORKED, f"sqlite:///{path}", patience=60)
     assert (done.returncode, done.stdout.strip()) == (0, "fine"), done.stderr
     with closing(sqlite3.connect(path)) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -387,7 +381,7 @@ async def test_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
 
 async def test_a_file_in_place_of_the_folder(path: Path) -> None:
     path.write_text("")
-    async with SessionService(f"sqlite:///{path}/chats.db") as service:
+    async with SessionService(f"sqlite:///{path}/chats.db", retry_window=0.5) as service:
         with pytest.raises(DatabaseError) as caught:
             await service.create_session(**IDS)
         assert caught.value.driver_error in ("FileExistsError", "NotADirectoryError")

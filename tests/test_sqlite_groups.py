@@ -6,8 +6,6 @@ import asyncio
 import gc
 import json
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -16,6 +14,7 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from adk_sessions import (
@@ -431,11 +430,8 @@ asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
 """
 
 
-def storm(path: Path, name: str, tasks: int, appends: int) -> subprocess.Popen[str]:
-    arguments = [f"sqlite:///{path}", name, str(tasks), str(appends)]
-    return subprocess.Popen(
-        [sys.executable, "-c", STORM, *arguments], stdout=subprocess.PIPE, text=True
-    )
+def storm(path: Path, name: str, tasks: int, appends: int) -> forked.Python:
+    return forked.Python("-c", STORM, f"sqlite:///{path}", name, str(tasks), str(appends))
 
 
 def check(path: Path, acknowledged: set[str], *, unknown: int) -> None:
@@ -454,7 +450,6 @@ def check(path: Path, acknowledged: set[str], *, unknown: int) -> None:
 @pytest.mark.parametrize("lines", [50, 300])
 def test_what_a_killed_process_has_acknowledged_is_stored(path: Path, lines: int) -> None:
     with storm(path, "killed", 16, 10_000) as process:
-        assert process.stdout is not None
         try:
             acknowledged = [process.stdout.readline() for _ in range(lines)]
         finally:
@@ -467,7 +462,7 @@ def test_what_a_killed_process_has_acknowledged_is_stored(path: Path, lines: int
 
 def test_two_processes_with_groups_lose_nothing(path: Path) -> None:
     with storm(path, "one", 8, 25) as one, storm(path, "two", 8, 25) as two:
-        lines = one.communicate(timeout=150)[0] + two.communicate(timeout=150)[0]
+        lines = one.stdout.read() + two.stdout.read()
     assert (one.returncode, two.returncode) == (0, 0)
     acknowledged = set(lines.splitlines())
     assert len(acknowledged) == 400

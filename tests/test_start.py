@@ -1,7 +1,7 @@
 """Processes that start at once on a database whose tables are not there, or not those of today.
 
 A launcher, which is this file run as a script, has imported everything and forks them; they wait
-until all are there. ADK_SESSIONS_SOAK=1 repeats each race 20 times instead of 3.
+until all are there. ADK_SESSIONS_SOAK=1 repeats each race 20 times.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from adk_sessions import Event, EventActions, MigrationLockError, SessionService
 from adk_sessions.models import INDEX, VERSION_TABLE
 
 SOAK = os.environ.get("ADK_SESSIONS_SOAK") == "1"
-ROUNDS = 20 if SOAK else 3
+ROUNDS = 20 if SOAK else 1
 PROCESSES = 32
 FEW = 8
 PATIENCE = 90.0  # seconds that all of a round may take; nobody is to come near
@@ -305,7 +305,7 @@ async def test_processes_start_at_once_on_an_empty_database(
 
 
 @every_kind
-@pytest.mark.parametrize("turn", range(ROUNDS if SOAK else 1))
+@again_and_again
 async def test_processes_start_at_once_on_what_google_adk_has_made(
     kind: str, turn: int, launcher: Launcher, fresh_database: NewDatabase
 ) -> None:

@@ -8,14 +8,13 @@ import math
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from engines import engine_for
 from sqlalchemy import URL, Connection, create_engine, text
@@ -310,11 +309,7 @@ async def test_a_killed_import_is_repeated(
         service = SessionService(sys.argv[1])
         asyncio.run(transfer.import_adk_sqlite(service, Path(sys.argv[2])))
     """
-    child = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-c", textwrap.dedent(program), url, str(source)],
-        timeout=150,
-    )
+    child = await asyncio.to_thread(forked.run, "-c", textwrap.dedent(program), url, str(source))
     assert child.returncode == -signal.SIGKILL
     async with SessionService(url) as service:
         report = await import_adk_sqlite(service, source)
@@ -393,8 +388,7 @@ async def test_a_file_that_a_killed_process_left(
         for n in range(50): conn.execute("UPDATE app_states SET update_time = ?", (n,))
         os.kill(os.getpid(), signal.SIGKILL)
     """
-    command = [sys.executable, "-c", textwrap.dedent(program), str(source), mode]
-    child = await asyncio.to_thread(subprocess.run, command, timeout=150)
+    child = await asyncio.to_thread(forked.run, "-c", textwrap.dedent(program), str(source), mode)
     assert child.returncode == -signal.SIGKILL
     if mode == "WAL":
         assert Path(f"{source}-wal").stat().st_size > 100_000

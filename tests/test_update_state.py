@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
-from everywhere import BACKENDS, place_of
+from everywhere import EVERY_DATABASE, place_of
 from rows import execute
 from workers import event, in_each_scope, load
 
@@ -23,7 +23,7 @@ from adk_sessions import (
 from adk_sessions.dialects.faults import Undecided
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 async def service(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[SessionService]:

@@ -19,7 +19,7 @@ import asyncpg
 import pytest
 from conftest import _or_skip
 from engines import engine_for
-from everywhere import BACKENDS, place_of
+from everywhere import BACKENDS, EVERY_DATABASE, SOAK, place_of
 from servers import Postgres, run_postgres
 from sqlalchemy import StaticPool
 from workers import Crew, event, load
@@ -44,7 +44,7 @@ SOON = 0.02
 PATIENCE = 30.0
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=EVERY_DATABASE)
 async def service(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[SessionService]:
@@ -447,7 +447,7 @@ async def test_closing_the_service_ends_watchers_in_other_threads(
             async for one in watching:
                 seen.append(one.id)
 
-    for turn in range(1, 6):
+    for turn in range(1, 6 if SOAK else 4):
         threads = [asyncio.ensure_future(asyncio.to_thread(asyncio.run, follow())) for _ in "ab"]
         await append(service, session, f"e{turn}")
         await until(lambda: len(seen) == 2 * turn)  # noqa: B023

@@ -14,9 +14,7 @@ import asyncio
 import itertools
 import json
 import math
-import os
 import random
-import subprocess
 import sys
 import time
 import traceback
@@ -28,6 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import forked
 
 from adk_sessions import (
     AlreadyExistsError,
@@ -533,20 +533,7 @@ class Crew:
     """
 
     def __init__(self, size: int, *, script: str = __file__) -> None:
-        command = [sys.executable, "-W", "error", script]
-        paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        self._processes = [
-            subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                bufsize=1,
-                env=environment,
-            )
-            for _ in range(size)
-        ]
+        self._processes = [forked.Python(script) for _ in range(size)]
         self._readers = ThreadPoolExecutor(size)
 
     def __enter__(self) -> Self:
@@ -559,11 +546,7 @@ class Crew:
         traceback: TracebackType | None,
     ) -> None:
         for process in self._processes:
-            try:
-                process.communicate(timeout=10)  # the end of its input is the end of its work
-            except (subprocess.TimeoutExpired, ValueError):
-                process.kill()
-                process.wait()
+            process.end(10)
         self._readers.shutdown()
 
     def run(self, job: str, arguments: list[dict[str, Any]]) -> list[Any]:
@@ -576,9 +559,8 @@ class Crew:
         working = self._processes[: len(jobs)]
         lines = [json.dumps({"do": job, "with": arguments}) + "\n" for job, arguments in jobs]
         for process, line in zip(working, lines, strict=True):
-            assert process.stdin
             process.stdin.write(line)
-        replies = [self._readers.submit(process.stdout.readline) for process in working]  # type: ignore[union-attr]
+        replies = [self._readers.submit(process.stdout.readline) for process in working]
         deadline = time.monotonic() + patience
         try:
             lines = [reply.result(max(deadline - time.monotonic(), 0)) for reply in replies]

@@ -76,29 +76,42 @@ _SQLITE_BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
 _CONFUSED = "InternalClientError"
 
 _POOLER = "a pooler in transaction mode is in between: add ?pgbouncer=true to the URL"
-_MISSING = "a table or column is missing: run adk-sessions upgrade; validate_schema() says which"
+_MISSING = (
+    "a table or column is missing: run adk-sessions upgrade, or what else makes these tables; a"
+    " service's validate_schema() says which"
+)
+_WHO = (
+    "the user or the password is wrong; check both in the URL, where @ : / ? # % in them are"
+    " percent-encoded"
+)
 _HINTS: dict[str | int, str] = {
     "42P05": _POOLER,
     "26000": _POOLER,
-    "28P01": "the password is wrong",
-    "28000": "this role may not connect, or does not exist",
+    "08P01": f"a pooler refuses this user, password or database (check the URL), or {_POOLER}",
+    "28P01": _WHO,
+    "28000": "this role may not connect, or does not exist; check the user in the URL",
     "3D000": "the database does not exist: create it first",
     "42P01": _MISSING,
     "42703": _MISSING,
-    "42501": "this role lacks a privilege on a table or schema, or a policy keeps the row from it",
+    "42501": (
+        "this role lacks a privilege on a table or schema, which its owner can GRANT, or a policy"
+        " keeps the row from it"
+    ),
     "53100": "the server's disk is full",
     "25006": "the server, the database or the role is read-only",
-    1044: "this user may not use the database",
-    **dict.fromkeys((1045, 1698), "the user or the password is wrong"),
+    1044: "this user may not use the database, or it does not exist; GRANT it, or check the name",
+    **dict.fromkeys((1045, 1698), _WHO),
     1049: "the database does not exist: create it first",
     **dict.fromkeys((1021, 1114), "the server's disk is full"),
     **dict.fromkeys((1290, 1836), "the server is read-only"),
     **dict.fromkeys(
         (2002, 2003), "no server answers there; check host and port, and the way there"
     ),
-    1142: "this user lacks a privilege on a table",
+    1142: "this user lacks a privilege on a table: GRANT it",
     1146: _MISSING,
     1054: _MISSING,
+    # the one code for all that a statement can get wrong, and ours are not wrong by themselves
+    sqlite3.SQLITE_ERROR: f"perhaps {_MISSING}",
     sqlite3.SQLITE_BUSY: "another process held the file locked for too long",
     sqlite3.SQLITE_FULL: "the disk is full",
     sqlite3.SQLITE_READONLY: "the file cannot be written",
@@ -112,7 +125,9 @@ _LOOK = "the change may or may not be stored; read the state to find out"
 
 # Where there is no code, the class of the error says it.
 _NAME_HINTS = {
-    "ConnectionRefusedError": "nothing listens there; check host and port, and the server",
+    "ConnectionRefusedError": (
+        "nothing listens there; check host and port, and that the server runs"
+    ),
     "gaierror": "the host's name has no address; check it",
     "ConnectionError": "the server refused TLS, which sslmode asks for, or is no PostgreSQL",
     "SSLError": "the server offers no TLS, or one that cannot be trusted",

@@ -11,10 +11,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, event
+from sqlalchemy import Connection, Dialect, event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.pool import PoolResetState, SingletonThreadPool, StaticPool
 
+from ..errors import DatabaseError
 from ..turns import Turns
 from . import lanes
 from .faults import Undecided, is_lost, must_invalidate
@@ -22,6 +23,7 @@ from .hosts import Clock
 from .manner import Manner
 from .pools import Pool, Pools
 from .sqlite import finished
+from .types import MYSQL_FAMILY
 
 T = TypeVar("T")
 
@@ -30,6 +32,9 @@ _turns = Turns()
 
 # In a pooled connection's `info`: the last thing it did was a commit of ours.
 _COMMITTED = "adk_sessions.committed"
+
+# What is older is not tested, or lacks a collation by which keys are compared.
+_OLDEST = {"PostgreSQL": (14,), "MySQL": (8, 0, 17), "MariaDB": (10, 2)}
 
 
 class EngineDatabase:
@@ -112,6 +117,8 @@ class EngineDatabase:
                     await finished(asyncio.ensure_future(_give_back(conn, clock)), wait=True)
 
     def _begin(self, clock: Clock, conn: Connection) -> None:
+        if not self.reached:
+            require_version(conn.dialect)
         self.reached = True
         clock.start(conn)
 
@@ -190,6 +197,25 @@ class EngineDatabase:
         if not self._shared:
             return nullcontext()
         return _turns.of(id(pool.engine.pool))
+
+
+def require_version(dialect: Dialect) -> None:
+    """Refuses a server that is too old; SQLAlchemy has asked each for its version.
+
+    Raises:
+        DatabaseError: it is; the message says what is needed.
+    """
+    name = "PostgreSQL" if dialect.name == "postgresql" else ""
+    if dialect.name in MYSQL_FAMILY:
+        name = "MariaDB" if getattr(dialect, "is_mariadb", False) else "MySQL"
+    found, oldest = getattr(dialect, "server_version_info", None), _OLDEST.get(name)
+    if not found or not oldest or tuple(found) >= oldest:
+        return
+    shown, needed = (".".join(map(str, version[:3])) for version in (found, oldest))
+    raise DatabaseError(
+        f"The server is {name} {shown}, which is too old: {name} {needed} or newer is needed."
+        " Upgrade the server, or give the URL of another one."
+    )
 
 
 async def _give_back(conn: AsyncConnection, clock: Clock) -> None:

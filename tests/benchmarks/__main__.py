@@ -45,6 +45,7 @@ class Plan:
     growth: bool
     memory: bool
     trips: bool
+    parlant: bool
 
 
 async def measure_column(
@@ -82,6 +83,12 @@ async def measure_column(
     return column
 
 
+async def measure_parlant(place: places.Place, *, short: bool) -> report.Parlant:
+    from . import parlant  # without it everything else can be measured all the same
+
+    return await parlant.measure_parlant(place, short=short)
+
+
 def measure_place(
     place: places.Place, plan: Plan, results: report.Results, console: Console
 ) -> None:
@@ -110,6 +117,12 @@ def measure_place(
             results.growth,
             partial(growth.measure_growth, place, short=plan.short),
         ),
+        (
+            plan.parlant and Ours in plan.kinds and place.backend == "postgresql",
+            "Parlant",
+            results.parlant,
+            partial(measure_parlant, place, short=plan.short),
+        ),
     ]
     for wanted, what, into, measure in further:
         if not wanted:
@@ -136,6 +149,7 @@ def measure_place(
 @click.option("--growth/--no-growth", "grow", default=True, help="Medians as tables grow.")
 @click.option("--memory/--no-memory", "remember", default=True, help="Peak memory of a long read.")
 @click.option("--trips/--no-trips", "count", default=True, help="Round trips of each call.")
+@click.option("--parlant/--no-parlant", "agents", default=True, help="Parlant's sessions.")
 @click.option("--short", is_flag=True, help="Small sizes, few calls: for its exit status alone.")
 @click.option(
     "--output",
@@ -157,6 +171,7 @@ def main(
     grow: bool,
     remember: bool,
     count: bool,
+    agents: bool,
     short: bool,
     output: Path | None,
     folder: Path,
@@ -182,6 +197,7 @@ def main(
             growth=grow,
             memory=remember,
             trips=count,
+            parlant=agents,
         )
         try:
             with places.open_place(backend, folder) as place:
@@ -195,7 +211,8 @@ def main(
         except places.Unfit as unfit:
             raise click.ClickException(str(unfit)) from None
     report.show(results, console)
-    whole = grow and remember and count and not (short or backends or names or stores or delays)
+    parts = grow and remember and count and agents
+    whole = parts and not (short or backends or names or stores or delays)
     if output is None and whole and not results.left_out:
         output = RESULTS
     if output is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,12 @@ class Timing:
     @property
     def median(self) -> float | None:
         return statistics.median(self.calls) if self.calls and not self.failure else None
+
+    def within(self, share: float) -> float | None:
+        """What so many of the calls took at the most."""
+        if not self.calls or self.failure:
+            return None
+        return sorted(self.calls)[math.ceil(len(self.calls) * share) - 1]
 
 
 def ratio(theirs: Timing | None, ours: Timing | None) -> float | None:

@@ -28,9 +28,25 @@ SCENARIO = {scenario.name: scenario for scenario in SCENARIOS}
 BASELINE = "adk"
 PACKAGES = (
     *("adk-sessions", "google-adk", "sqlspec", "sqlalchemy", "asyncpg", "aiosqlite", "asyncmy"),
-    *("pydantic", "pydantic-core", "msgspec"),
+    *("pydantic", "pydantic-core", "msgspec", "parlant"),
 )
 RESULTS, TABLE, CHART = "results.json", "table.md", "chart.svg"
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation of Parlant's session store, and what it may take at the median."""
+
+    title: str
+    limit_ms: float | None = None
+
+
+PARLANT = {
+    "create_event": Operation("create_event", 2.0),
+    "list_100": Operation("list_events of 100", 3.0),
+    "poll": Operation("list_events, nothing new"),
+}
+PARLANT_STORES = {"ours": "adk-sessions", "raw": "documents in JSONB"}
 
 
 @dataclass
@@ -67,11 +83,21 @@ class Comparison:
 
 
 @dataclass
+class Parlant:
+    """Parlant's sessions: timings by operation and store at one size, and ours as they grow."""
+
+    events: int
+    timings: dict[str, dict[str, Timing]]
+    growth: list[Series]
+
+
+@dataclass
 class Results:
     short: bool = False
     rounds: int = 1
     columns: list[Column] = field(default_factory=list)
     growth: dict[str, list[Series]] = field(default_factory=dict)
+    parlant: dict[str, Parlant] = field(default_factory=dict)
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
     trips: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     places: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -175,7 +201,7 @@ def column_grid(column: Column) -> Grid:
     return Grid(f"{column.title}: median milliseconds, and how many times faster", head, rows)
 
 
-def growth_grid(backend: str, series: list[Series]) -> Grid:
+def growth_grid(title: str, series: list[Series]) -> Grid:
     """Sizes differ from series to series, so they are in the cells."""
     rows = []
     for one in series:
@@ -183,7 +209,27 @@ def growth_grid(backend: str, series: list[Series]) -> Grid:
         rows.append([one.title, *cells, f"{one.growth:.2f}", "flat" if one.flat else "grows"])
     width = max((len(row) for row in rows), default=3) - 3
     head = ["", *["median ms"] * width, "largest / smallest", f"flat is below {FLAT}"]
-    return Grid(f"Growth on {TITLES[backend]}", head, rows)
+    return Grid(title, head, rows)
+
+
+def parlant_grid(backend: str, found: Parlant) -> Grid:
+    """Medians, what 95 of 100 calls are within, and how many times as long the peer takes."""
+    head = [""]
+    for label in PARLANT_STORES.values():
+        head += [label, "95 %"]
+    rows = []
+    for name, timings in found.timings.items():
+        operation, row = PARLANT[name], [PARLANT[name].title]
+        for store in PARLANT_STORES:
+            row += [milliseconds(timings[store].median), milliseconds(timings[store].within(0.95))]
+        ours, quotient = timings["ours"].median, ratio(timings["raw"], timings["ours"])
+        assert ours is not None
+        assert quotient is not None
+        limit = operation.limit_ms
+        verdict = f"{limit:g} ms {'met' if ours <= limit else 'missed'}" if limit else ""
+        rows.append([*row, times(quotient), verdict])
+    title = f"Parlant's sessions on {TITLES[backend]}, {found.events:,} events: milliseconds"
+    return Grid(title, [*head, "times faster", "limit of the median"], rows)
 
 
 def trips_grid(backend: str, counted: dict[str, dict[str, float]]) -> Grid:
@@ -208,7 +254,12 @@ def memory_grid(peaks: dict[str, dict[str, float]], *, short: bool) -> Grid:
 def grids(results: Results) -> list[Grid]:
     found = [column_grid(column) for column in results.columns]
     found += [trips_grid(backend, counted) for backend, counted in results.trips.items()]
-    found += [growth_grid(backend, series) for backend, series in results.growth.items()]
+    for backend, series in results.growth.items():
+        found.append(growth_grid(f"Growth on {TITLES[backend]}", series))
+    for backend, parlant in results.parlant.items():
+        found.append(parlant_grid(backend, parlant))
+        title = f"Growth of Parlant's sessions on {TITLES[backend]}"
+        found.append(growth_grid(title, parlant.growth))
     if results.memory:
         found.append(memory_grid(results.memory, short=results.short))
     return found
@@ -283,22 +334,43 @@ def as_json(results: Results) -> dict[str, Any]:
         ],
         "round_trips": results.trips,
         "growth": {
-            backend: [
-                {
-                    "series": one.title,
-                    "median_ms": {str(size): round(ms, 4) for size, ms in one.medians.items()},
-                    "largest_to_smallest": round(one.growth, 3),
-                    "flat": one.flat,
-                }
-                for one in series
-            ]
+            backend: [_series_json(one) for one in series]
             for backend, series in results.growth.items()
+        },
+        "parlant": {
+            backend: {
+                "events": found.events,
+                "operations": {
+                    name: {store: _timing_json(timing) for store, timing in timings.items()}
+                    for name, timings in found.timings.items()
+                },
+                "growth": [_series_json(one) for one in found.growth],
+            }
+            for backend, found in results.parlant.items()
         },
         "peak_memory_mb": {
             backend: {store: round(mb, 1) for store, mb in row.items()}
             for backend, row in results.memory.items()
         },
         "failures": results.failures(),
+    }
+
+
+def _series_json(one: Series) -> dict[str, Any]:
+    return {
+        "series": one.title,
+        "median_ms": {str(size): round(ms, 4) for size, ms in one.medians.items()},
+        "largest_to_smallest": round(one.growth, 3),
+        "flat": one.flat,
+    }
+
+
+def _timing_json(timing: Timing) -> dict[str, Any]:
+    within = timing.within(0.95)
+    return {
+        "median_ms": timing.median and round(timing.median, 4),
+        "within_ms_95_percent": within and round(within, 4),
+        "calls": len(timing.calls),
     }
 
 

@@ -26,7 +26,7 @@ DATABASES = ("sqlite", "postgresql", "mariadb")
 SECONDS = 15.0 if SOAK else 0.0
 
 options = settings(
-    max_examples=100 if SOAK else 40,
+    max_examples=100 if SOAK else 20,
     deadline=None,
     derandomize=not SOAK,
     database=None,

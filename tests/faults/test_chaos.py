@@ -306,7 +306,6 @@ async def test_writers_that_are_killed_lose_nothing_and_hold_nobody_up(
 def killed(path: Path, name: str) -> set[str]:
     """What a process has said it has stored when it is killed in the middle of more."""
     with storm(path, name, TASKS, 10_000) as process:
-        assert process.stdout is not None
         try:
             lines = [process.stdout.readline() for _ in range(LINES)]
         finally:
