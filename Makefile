@@ -10,11 +10,13 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 SOAK = $$(grep -rlwE 'SOAK|PART|NO_TABLES|EVERY_DATABASE' tests --include 'test_*.py')
 
 # What takes long and depends on no version of a library that users install: what servers do when
-# they die and when processes race, the tests' own servers, the wheel and what README tells people
-# to type, our own reader of pickles. `make test` runs them on the newest versions.
+# they die and when processes, tasks and threads race, the tests' own servers, the wheel and what
+# README tells people to type, our own reader of pickles. `make test` runs them on the newest
+# versions.
 LOWEST := $(addprefix --ignore=tests/,faults test_start.py test_processes.py test_servers.py \
 	test_package.py test_readme.py test_pickles.py test_layout.py test_compose.py \
-	test_page_plans.py test_watch.py test_erasure.py)
+	test_page_plans.py test_watch.py test_erasure.py test_concurrency.py test_second_writer.py \
+	test_sqlite_groups.py test_benchmarks.py)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Half of an installation was compiling what nobody imports: Python compiles the rest at its first

@@ -49,7 +49,7 @@ _MOST = 1000  # messages of a page
 _TICK = timedelta(microseconds=1)
 _FIRST, _LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
 # Where two insert the same row at once, one of them tries again.
-_TRIES = 3
+_TRIES = 5
 _UNREADABLE = (ValueError, TypeError, OverflowError, OSError, RecursionError)
 
 

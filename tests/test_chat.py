@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from pprint import saferepr
 from typing import Any
 
 import pytest
@@ -343,7 +344,7 @@ async def test_times_that_others_wrote_to_sqlite_are_read_and_paged(
     ("columns", "values"),
     [
         ("parts_json", "'[secret'"),
-        ("parts_json", "'1}, {\"a\": 2'"),
+        ("parts_json", "'[1], \"a\": 2'"),
         ("parts_json", "''"),
         ("parts_json, created_at", "'[]', 'secret'"),
     ],
@@ -562,22 +563,24 @@ async def test_alembic_makes_the_tables_for_an_application(
     async with engine_for(url) as engine:
         plain = engine.url.render_as_string(hide_password=False)
 
-    def alembic(*arguments: str) -> str:
-        command = [sys.executable, "-m", "alembic", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    def alembic(*commands: str) -> str:
+        """Runs commands as from a shell, but in one process."""
+        script = f"from alembic.config import main\nfor c in {[*commands]}: main(c.split())"
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    await asyncio.to_thread(alembic, "init", "migrations")
-    (tmp_path / "migrations" / "env.py").write_text(ENV)
     (tmp_path / "app.py").write_text(APP.format(url=plain))
-    await asyncio.to_thread(alembic, "revision", "--autogenerate", "-m", "chat")
+    await asyncio.to_thread(alembic, "init migrations")
+    (tmp_path / "migrations" / "env.py").write_text(ENV)
+    commands = ("revision --autogenerate -m chat", "upgrade head", "check")
+    assert "No new upgrade operations" in await asyncio.to_thread(alembic, *commands)
     (revision,) = (tmp_path / "migrations" / "versions").glob("*.py")
     written = revision.read_text()
     assert "adk_sessions" not in written  # it works without this package
     assert written.count("op.create_index(") == 3
-    await asyncio.to_thread(alembic, "upgrade", "head")
-    assert "No new upgrade operations" in await asyncio.to_thread(alembic, "check")
 
     async with engine_for(url) as engine:
         chat = ChatPersistence(engine, tables={"messages": "app_messages"})
@@ -714,6 +717,51 @@ async def test_it_works_on_any_engine_and_leaves_it_as_it_was(
 async def _level(engine: AsyncEngine) -> str:
     async with engine.connect() as conn:
         return await conn.get_isolation_level()
+
+
+async def test_the_applications_own_codec_for_json_is_no_obstacle(
+    shared: Callable[[str], Tables], thread: str
+) -> None:
+    def decode(connection: Any, _record: Any) -> None:
+        for kind in ("json", "jsonb"):
+            connection.run_async(
+                lambda driver, kind=kind: driver.set_type_codec(
+                    kind, encoder=json.dumps, decoder=json.loads, schema="pg_catalog"
+                )
+            )
+
+    batch = [message(thread, str(n), parts=part) for n, part in enumerate(VALUES.values())]
+    for name in ("postgresql", "postgresql naive", "postgresql text"):
+        async with shared(name).engine() as engine:
+            event.listen(engine.sync_engine, "connect", decode)
+            chat = shared(name).on(engine)
+            await chat.save_messages(batch)
+            stored = {m.message_id: m.parts for m in (await chat.list_messages(thread)).items}
+            assert [saferepr(stored[m.message_id]) for m in batch] == [
+                saferepr(m.parts) for m in batch
+            ]
+
+
+async def test_batches_in_opposite_orders_do_not_deadlock(
+    shared: Callable[[str], Tables], thread: str
+) -> None:
+    async with shared("postgresql").chat(retry_window=0) as chat:
+        batch = [message(thread, f"m{n:03}") for n in range(300)]
+        for _ in range(5):
+            orders = [batch, batch[::-1]] * 3
+            await asyncio.gather(*(chat.save_messages(one) for one in orders))
+        assert len((await chat.list_messages(thread)).items) == 300
+
+
+async def test_messages_keep_their_order_when_the_clock_is_set_back(
+    chat: ChatPersistence, thread: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = ["d", "c", "b", "a"]
+    for number, id_ in enumerate(ids):
+        at = START - number * SECOND
+        monkeypatch.setattr("adk_sessions.chat._now", lambda at=at: at)
+        await chat.save_messages([message(thread, id_, created_at=None)])
+    assert [m.message_id for m in (await chat.list_messages(thread)).items] == ids
 
 
 async def test_an_engine_in_memory_is_shared_by_tasks(thread: str) -> None:

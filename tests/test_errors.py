@@ -40,6 +40,14 @@ CLASSES = {
     if isinstance(item, type) and issubclass(item, Exception)
 }
 SECRET = "the-payload-of-ann"
+MISSING = (
+    "a table or column is missing: run adk-sessions upgrade, or what else makes these tables; a"
+    " service's validate_schema() says which"
+)
+WHO = (
+    "the user or the password is wrong; check both in the URL, where @ : / ? # % in them are"
+    " percent-encoded"
+)
 
 
 # The tree
@@ -190,7 +198,7 @@ async def test_postgresql(postgres_url: str, table: str) -> None:
             Fault.FATAL,
             "42P01",
             "UndefinedTableError",
-            "a table or column is missing: run adk-sessions upgrade; validate_schema() says which",
+            MISSING,
         )
         check(
             await error_of(run(engine, f"SELECT '{SECRET}' ? '"[:-1])),
@@ -276,7 +284,7 @@ async def test_mariadb(mariadb_url: str, table: str) -> None:
             Fault.FATAL,
             1146,
             "ProgrammingError",
-            "a table or column is missing: run adk-sessions upgrade; validate_schema() says which",
+            MISSING,
         )
         async with engine.begin() as holder:
             await holder.execute(text(f"UPDATE {table} SET v = 'x' WHERE i = 1"))
@@ -293,7 +301,7 @@ async def test_mariadb_refuses_a_connection(mariadb_url: str, table: str) -> Non
     assert table not in str(translate(error, unknown=False))
     code = code_of(error)
     assert code in (1045, 1698)  # which one depends on how root may log in
-    check(error, Fault.FATAL, code, "OperationalError", "the user or the password is wrong")
+    check(error, Fault.FATAL, code, "OperationalError", WHO)
     nowhere = url.set(database=table).render_as_string(hide_password=False)
     async with engine_for(nowhere) as engine:
         error = await error_of(run(engine, "SELECT 1"))
@@ -347,7 +355,8 @@ def test_sqlite(tmp_path: Path) -> None:
                 "the file cannot be written",
             )
         with sqlite_error(path, "SELECT * FROM missing") as error:
-            check(error, Fault.FATAL, sqlite3.SQLITE_ERROR, "OperationalError")
+            hint = f"perhaps {MISSING}"
+            check(error, Fault.FATAL, sqlite3.SQLITE_ERROR, "OperationalError", hint)
     finally:
         holder.close()
     folder = create_engine(f"sqlite:///{tmp_path}")

@@ -6,20 +6,31 @@ import asyncio
 import math
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import document_workers
 import pytest
-from hypothesis import HealthCheck, given, settings
+import sqlalchemy as sa
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from parlant.adapters.db.transient import TransientDocumentDatabase
-from parlant.core.persistence.common import Cursor, SortDirection
-from parlant.core.persistence.document_database import DocumentDatabase
+from parlant.core.persistence.common import Cursor, ObjectId, SortDirection
+from parlant.core.persistence.document_database import (
+    CollectionIndex,
+    DocumentDatabase,
+    identity_loader_for,
+)
 from servers import unique_name
+from sqlalchemy.ext.asyncio import AsyncEngine
+from workers import Crew
 
+from adk_sessions import AlreadyExistsError, ConfigurationError, InvalidInputError
 from adk_sessions.parlant import SQLDocumentDatabase
+from adk_sessions.parlant.filters import Filter
 from adk_sessions.testing import DocumentDatabaseContract
 from adk_sessions.testing.documents import ODD, Thing, thing
+from adk_sessions.url import create_engine
 
 KINDS = ["sqlite", "sqlite-memory", "postgresql", "mariadb"]
 
@@ -107,11 +118,16 @@ def population() -> list[Any]:
             creation_utc=choose.choice(["2026", "2027"]),
             **{key: choose.choice(OPERANDS[key]) for key in ("name", "flag", "note", ODD)},
             number=choose.choice(NUMBERS),
-            ratio=choose.choice(RATIOS),
+            ratio=RATIOS[n % len(RATIOS)],
         )
         | {"flag": n % 3 == 0}
         for n in range(12)
     ]
+
+
+def fast(url: str) -> dict[str, Any]:
+    """Options for a database whose power will not fail."""
+    return {"sqlite_synchronous": "NORMAL"} if url.startswith("sqlite") else {}
 
 
 class Pair:
@@ -121,12 +137,16 @@ class Pair:
         self.url, self.run = url, runner.run
 
     async def fill(self, documents: list[Any]) -> None:
-        self.database = SQLDocumentDatabase(self.url, prefix=f"{unique_name()}_")
+        self.database = SQLDocumentDatabase(self.url, prefix=f"{unique_name()}_", **fast(self.url))
         self.ours: Any = await self.database.create_collection("things", Thing)
         self.parlants: Any = await TransientDocumentDatabase().create_collection("things", Thing)
         for document in documents:
             await self.ours.insert_one(document)
             await self.parlants.insert_one(dict(document))
+
+    async def empty(self) -> None:
+        await self.ours.run(lambda conn: conn.execute(self.ours.table.delete()), write=True)
+        self.parlants._documents.clear()
 
     async def both(self, call: Callable[[Any], Any]) -> None:
         """The same call of both has the same result."""
@@ -146,7 +166,8 @@ def pair(request: pytest.FixtureRequest, fresh_database: Callable[[str], str]) -
 
 EXAMPLES = settings(
     deadline=None,
-    max_examples=2000 if os.environ.get("ADK_SESSIONS_SOAK") == "1" else 120,
+    phases=[phase for phase in Phase if phase is not Phase.shrink],  # a server makes it take hours
+    max_examples=2000 if os.environ.get("ADK_SESSIONS_SOAK") == "1" else 60,
     derandomize=os.environ.get("ADK_SESSIONS_SOAK") != "1",
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -173,16 +194,18 @@ calls = st.one_of(
 )
 
 
-@settings(EXAMPLES, max_examples=EXAMPLES.max_examples // 4)
-@given(made=st.lists(calls, max_size=12))
+@settings(EXAMPLES, max_examples=EXAMPLES.max_examples // 6)
+@given(made=st.lists(calls, max_size=8))
 def test_changes_leave_what_they_leave_in_parlants_own_database(
     pair: Pair, made: list[tuple[str, Any, Any]]
 ) -> None:
     async def change() -> None:
-        await pair.both(clear)
+        await pair.empty()
+        for document in population()[:4]:
+            await pair.both(lambda things, one=document: things.insert_one(dict(one)))
         for what, where, value in made:
             taken = {document["id"] for document in await pair.parlants.find({})}
-            new = thing(f"i{value}", number=value) if isinstance(value, int) else None
+            new = thing(f"i{value}", number=value, **{ODD: 1}) if isinstance(value, int) else None
             if new and new["id"] in taken:
                 continue  # ids that repeat are the kit's
             if what == "insert":
@@ -199,10 +222,379 @@ def test_changes_leave_what_they_leave_in_parlants_own_database(
             await pair.both(lambda things: things.find({}))
             await pair.both(lambda things: things.find_one({"flag": {"$eq": True}}))
 
-    async def clear(things: Any) -> None:
-        while (await things.delete_one({})).deleted_count:
-            pass
-        for document in population()[:5]:
-            await things.insert_one(dict(document))
-
     pair.run(change())
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+PROCESSES = 4
+SERVERS = ["sqlite", "postgresql", "mariadb"]
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Crew]:
+    with Crew(PROCESSES, script=document_workers.__file__) as crew:
+        yield crew
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, fresh_database: Callable[[str], str]) -> str:
+    """Of the kind that the test is parametrized with; a server's database is shared."""
+    fixture = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}.get(request.param)
+    return str(request.getfixturevalue(fixture) if fixture else fresh_database(request.param))
+
+
+@pytest.mark.parametrize("url", SERVERS, indirect=True)
+async def test_what_processes_change_at_once_all_stays(crew: Crew, url: str) -> None:
+    prefix, writers = f"{unique_name()}_", [f"w{n}" for n in range(PROCESSES)]
+    async with SQLDocumentDatabase(url, prefix=prefix, **fast(url)) as database:
+        things = await database.create_collection("things", Thing)
+        await things.insert_one(thing("a"))
+        crew.run("open", [{"url": url, "prefix": prefix, **fast(url)}] * PROCESSES)
+        crew.run("start", [{"names": ["things"]}] * PROCESSES)
+        crew.run("change", [{"id": "a", "writer": w, "times": 25} for w in writers])
+        keys = {f"{writer}-{n}": n for writer in writers for n in range(25)}
+        assert await things.find_one({}) == thing("a", number=100, **keys)
+        # what only some of them may do
+        new = crew.run("upsert", [{"writer": w, "keys": 10} for w in writers])
+        assert sum(new) == 10
+        names = [each["name"] for each in await things.find({"id": {"$ne": "a"}})]
+        assert sorted(names) == sorted(f"key-{n}" for n in range(10))
+        crew.run("insert", [{"ids": ["x", "y"], "name": writer} for writer in writers])
+        assert (await things.find({"id": {"$in": ["x", "y"]}})).total_count == 2
+        gone = crew.run("delete", [{"times": 4}] * PROCESSES)
+        assert len({id for ids in gone for id in ids}) == sum(map(len, gone)) == 13
+        assert (await things.find({})).total_count == 0
+        crew.close()
+
+
+# --- engines of the host ------------------------------------------------------------------------
+
+ENGINES: list[Any] = [
+    pytest.param("sqlite", {}, id="sqlite"),
+    *[
+        pytest.param(kind, {"isolation_level": level}, id=f"{kind} {level.lower()}")
+        for kind, levels in {
+            "postgresql": ("AUTOCOMMIT", "SERIALIZABLE"),
+            "mariadb": ("AUTOCOMMIT", "REPEATABLE READ", "SERIALIZABLE"),
+        }.items()
+        for level in levels
+    ],
+]
+
+
+@pytest.fixture
+async def engine(
+    request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
+) -> AsyncIterator[Any]:
+    kind, options = request.param
+    fixture = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}.get(kind)
+    url = request.getfixturevalue(fixture) if fixture else fresh_database(kind)
+    engine = create_engine(url, **options)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "engine", [one.values for one in ENGINES], indirect=True, ids=[one.id for one in ENGINES]
+)
+async def test_an_engine_of_the_host_does_as_well(engine: AsyncEngine) -> None:
+    prefix = f"{unique_name()}_"
+    databases = [SQLDocumentDatabase(engine, prefix=prefix) for _ in range(2)]
+    both: list[Any] = [await d.create_collection("things", Thing) for d in databases]
+    things = both[0]
+    for document in population():
+        await things.insert_one(document)
+        await things.insert_one({**document, "name": "another"})
+    assert (await things.find({}, limit=5)).total_count == 12
+    key: Any = {"id": {"$eq": "i00"}}
+    await asyncio.gather(
+        *(both[n % 2].update_one(key, {f"k{n}": n}) for n in range(12)),
+        *(
+            both[n % 2].modify(key, lambda now: {**now, "data": (now["data"] or 0) + 1})
+            for n in range(12)
+        ),
+    )
+    first: Any = await things.find_one(key)
+    assert first["data"] == 12
+    assert first.keys() >= {f"k{n}" for n in range(12)}
+    results = await asyncio.gather(
+        *(
+            both[n % 2].update_one(
+                {"name": {"$eq": "new"}}, thing(f"n{n}", name="new"), upsert=True
+            )
+            for n in range(8)
+        )
+    )
+    assert sum(result.matched_count for result in results) == 7
+    taken = await things.update_one({"name": {"$eq": "new"}}, {"id": "i00", "note": "kept"})
+    assert taken.updated_document["note"] == "kept"
+    assert (await things.find({"id": {"$eq": "i00"}})).total_count == 1
+
+    def half(conn: sa.Connection) -> None:
+        conn.execute(sa.insert(things.table), things.row(thing("half")))
+        raise ZeroDivisionError
+
+    for lock in (None, things.table):
+        with pytest.raises(ZeroDivisionError):
+            await things._place.transact(half, lock=lock)
+    assert await things.find_one({"id": {"$eq": "half"}}) is None
+    await things.ensure_indexes([CollectionIndex((("name", SortDirection.ASC),))])
+    for database in databases:
+        await database.close()
+    async with engine.connect() as connection:  # it is the host's, and open
+        count = await connection.execute(sa.select(sa.func.count()).select_from(things.table))
+        assert count.scalar() == 13
+
+
+async def test_a_pooler_may_be_in_between(pgbouncer_url: str) -> None:
+    url = f"{pgbouncer_url}?pgbouncer=true"
+    for _ in range(2):
+        async with SQLDocumentDatabase(url, prefix="pooled_") as database:
+            things: Any = await database.get_or_create_collection(
+                "things", Thing, identity_loader_for(Thing)
+            )
+            await things.ensure_indexes([CollectionIndex((("name", SortDirection.ASC),))])
+            await asyncio.gather(
+                *(
+                    things.update_one({"name": {"$eq": "a"}}, thing("a", name="a"), upsert=True)
+                    for _ in range(5)
+                )
+            )
+            await asyncio.gather(
+                *(things.update_one({"name": {"$eq": "a"}}, {f"k{n}": n}) for n in range(10))
+            )
+            assert [len(one) for one in await things.find({})] == [len(thing("a")) + 10]
+    async with SQLDocumentDatabase(url, prefix="pooled_") as database:
+        await database.delete_collection("things")
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+async def test_collections_may_be_in_a_schema_of_their_own(url: str) -> None:
+    schema = unique_name()
+    async with SQLDocumentDatabase(url, schema=schema) as database:
+        things: Any = await database.create_collection("things", Thing)
+        await things.insert_one(thing("a"))
+        await things.ensure_indexes([CollectionIndex((("name", SortDirection.ASC),))])
+        assert things.table.fullname == f"{schema}.things"
+        assert await things.run(lambda conn: sa.inspect(conn).get_table_names(schema), write=False)
+    async with SQLDocumentDatabase(url, schema=schema, create=False) as database:
+        things = await database.get_collection("things", Thing, identity_loader_for(Thing))
+        assert (await things.find_one({}))["id"] == "a"
+        ordered = sa.text(
+            "SELECT column_name FROM information_schema.columns"
+            " WHERE table_schema = :schema AND collation_name = 'C'"
+        )  # whatever the database's own order is
+        found = await things.run(
+            lambda conn: set(conn.scalars(ordered, {"schema": schema})), write=False
+        )
+        assert found == {"id", "creation_utc", "version", "name", "note"}
+    with pytest.raises(ConfigurationError, match="prefix="):
+        SQLDocumentDatabase("sqlite://", schema="x")
+
+
+# --- indexes are used ----------------------------------------------------------------------------
+
+HOT: list[tuple[Any, str]] = [
+    ({"id": {"$eq": "i5"}}, "id"),
+    ({"$or": [{"id": {"$eq": "i5"}}, {"id": {"$eq": "i6"}}]}, "id"),
+    ({"name": {"$eq": "n7"}}, "name"),
+    ({"name": {"$eq": "n7"}, "number": {"$gte": 3}}, "name_number"),
+    ({"name": {"$eq": "n7"}, ODD: {"$ne": 3}}, "name"),
+]
+
+
+async def explained(engine: AsyncEngine, call: Callable[[], Any]) -> str:
+    """What the database says of how it does the statements of a call."""
+    said: list[tuple[str, Any]] = []
+
+    def note(conn: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
+        if statement.startswith("SELECT"):
+            said.append((statement, parameters))
+
+    sa.event.listen(engine.sync_engine, "before_cursor_execute", note)
+    await call()
+    sa.event.remove(engine.sync_engine, "before_cursor_execute", note)
+    kind = engine.dialect.name
+    lines = []
+    async with engine.connect() as connection:
+        for statement, parameters in said:
+            how = "EXPLAIN QUERY PLAN" if kind == "sqlite" else "EXPLAIN"
+            rows = await connection.exec_driver_sql(f"{how} {statement}", parameters)
+            lines += [" ".join(map(str, row)) for row in rows]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("engine", [(kind, {}) for kind in SERVERS], indirect=True, ids=SERVERS)
+async def test_indexes_find_what_filters_ask_for(engine: AsyncEngine) -> None:
+    database = SQLDocumentDatabase(engine, prefix=f"{unique_name()}_")
+    things: Any = await database.create_collection("things", Thing)
+    up = SortDirection.ASC
+    await things.ensure_indexes(
+        [CollectionIndex((("name", up),)), CollectionIndex((("name", up), ("number", up)))]
+    )
+    rows = [
+        things.row(
+            thing(
+                f"i{n}", creation_utc=f"{n // 4:06}", name=f"n{n % 200}", number=n % 9, **{ODD: 1}
+            )
+        )
+        for n in range(3000)
+    ]
+    await things.run(lambda conn: conn.execute(sa.insert(things.table), rows), write=True)
+    async with engine.connect() as connection:
+        if engine.dialect.name != "sqlite":
+            analyze = "ANALYZE" if engine.dialect.name == "postgresql" else "ANALYZE TABLE"
+            await connection.exec_driver_sql(f"{analyze} {things.table.name}")
+        await connection.commit()
+
+    async def plan(call: Callable[[], Any]) -> str:
+        said = await explained(engine, call)
+        assert "Seq Scan" not in said, said
+        assert "SCAN " not in said.replace("SCAN (", ""), said
+        assert " ALL " not in said, said
+        assert things.table.name in said
+        return said
+
+    for where, index in HOT:
+        for call in (
+            lambda w=where: things.find(w),
+            lambda w=where: things.find_one(w),
+            lambda w=where: things.find(w, limit=5),
+            lambda w=where: things.update_one(w, {"note": "n"}),
+        ):
+            said = await plan(call)
+            assert f"{things.table.name}_{index}" in said
+    cursor = Cursor("000500", ObjectId("i2001"))
+    for way in SortDirection:
+        said = await explained(engine, lambda w=way: things.find({}, 5, cursor, w))
+        assert f"{things.table.name}_creation_utc_id" in said
+        assert "filesort" not in said
+        assert "Sort" not in said
+        assert "TEMP B-TREE" not in said
+    await database.delete_collection("things")
+
+
+async def test_a_list_of_ids_is_one_condition(things: Any) -> None:
+    for where in (
+        {"$or": [{"id": {"$eq": f"i{n}"}} for n in range(5000)]},
+        {"$and": [{"id": {"$ne": f"i{n}"}} for n in range(5000)]},
+    ):
+        narrowed = Filter(things._columns, where)
+        assert narrowed.exact
+        assert len(str(narrowed.condition)) < 200
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def things() -> AsyncIterator[Any]:
+    async with SQLDocumentDatabase("sqlite://") as database:
+        yield await database.create_collection("things", Thing)
+
+
+@pytest.mark.parametrize("bad", ["x" * 256, "a\0", "\ud800", "adk_sessions:", "😀" * 151])
+@pytest.mark.parametrize("key", ["id", "creation_utc"])
+async def test_what_pages_are_ordered_by_must_fit_its_column(
+    things: Any, key: str, bad: str
+) -> None:
+    await things.insert_one(thing("a"))
+    for call in (
+        things.insert_one({**thing("b"), key: bad}),
+        things.update_one({}, {key: bad}),
+        things.update_one({"id": {"$eq": "?"}}, {**thing("b"), key: bad}, upsert=True),
+    ):
+        with pytest.raises(InvalidInputError) as refused:
+            await call
+        assert refused.value.field == key
+        assert bad not in str(refused.value)
+    assert (await things.find({})).items == [thing("a")]
+
+
+@pytest.mark.parametrize(
+    ("schema", "name", "field"),
+    [(Thing, "", "name"), (Thing, "a\0b", "name"), (Thing, None, "name"), (dict, "a", "schema")],
+)
+async def test_what_cannot_be_a_collection_is_refused(schema: Any, name: Any, field: str) -> None:
+    async with SQLDocumentDatabase("sqlite://") as database:
+        with pytest.raises(InvalidInputError) as refused:
+            await database.get_or_create_collection(name, schema, identity_loader_for(schema))
+        assert refused.value.field == field
+
+
+@pytest.mark.parametrize("limit", [-1, "5", 1.0])
+async def test_what_is_no_limit_is_refused(things: Any, limit: Any) -> None:
+    with pytest.raises(InvalidInputError):
+        await things.find({}, limit=limit)
+
+
+async def test_what_contains_itself_is_refused(things: Any) -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    with pytest.raises(InvalidInputError):
+        await things.insert_one(thing("a", data=circle))
+    assert (await things.find({})).total_count == 0
+
+
+@pytest.mark.parametrize("url", ["mariadb"], indirect=True)
+async def test_a_document_larger_than_a_packet_is_refused(url: str) -> None:
+    async with SQLDocumentDatabase(url, prefix=f"{unique_name()}_") as database:
+        things: Any = await database.create_collection("things", Thing)
+        most = await things.run(
+            lambda conn: conn.scalar(sa.text("SELECT @@max_allowed_packet")), write=False
+        )
+        with pytest.raises(InvalidInputError, match="max_allowed_packet"):
+            await things.insert_one(thing("a", data="x" * most))
+        await things.insert_one(thing("a"))
+        with pytest.raises(InvalidInputError, match="max_allowed_packet"):
+            await things.update_one({}, {"data": "x" * most})
+        assert await things.find_one({}) == thing("a")
+        await database.delete_collection("things")
+
+
+async def test_a_change_that_raises_changes_nothing(things: Any) -> None:
+    await things.insert_one(thing("a"))
+
+    def change(now: dict[str, Any]) -> dict[str, Any]:
+        now["name"] = "changed"
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        await things.modify({}, change)
+    assert await things.modify({"id": {"$eq": "?"}}, change) is None
+    assert await things.find_one({}) == thing("a")
+
+
+@pytest.mark.parametrize("url", SERVERS, indirect=True)
+async def test_a_unique_index_is_kept(url: str) -> None:
+    async with SQLDocumentDatabase(url, prefix=f"{unique_name()}_") as database:
+        things: Any = await database.create_collection("things", Thing)
+        up = SortDirection.ASC
+        await things.ensure_indexes([CollectionIndex((("name", up), ("note", up)), unique=True)])
+        long = "n" * 400
+        await things.insert_one(thing("a", name=long, note="x"))
+        await things.insert_one(thing("b", name=long, note="y"))
+        other = thing("c", name=long, note="x")
+        for call in (
+            lambda: things.insert_one(other),
+            lambda: things.update_one({"id": {"$eq": "b"}}, {"note": "x"}),
+            lambda: things.update_one({"id": {"$eq": "c"}}, other, upsert=True),
+        ):
+            with pytest.raises(AlreadyExistsError):
+                await call()
+        assert [(one["id"], one["note"]) for one in await things.find({})] == [
+            ("a", "x"),
+            ("b", "y"),
+        ]
+        await database.delete_collection("things")
+
+
+async def test_others_share_the_engine(fresh_database: Callable[[str], str]) -> None:
+    async with SQLDocumentDatabase(fresh_database("sqlite"), prefix="a_") as one:
+        async with one.sharing("b_") as other:
+            collections = [await each.create_collection("things", Thing) for each in (one, other)]
+            await collections[1].insert_one(thing("b"))
+        assert await collections[0].find_one({}) is None
+        assert await collections[1].find_one({}) == thing("b")
+    assert [each.table.name for each in collections] == ["a_things", "b_things"]

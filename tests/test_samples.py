@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from everywhere import SOAK
 from servers import run_sync
 from sqlalchemy import inspect
 from sqlalchemy.dialects import postgresql
@@ -153,15 +154,14 @@ def test_adk_run_stores_in_postgres(tmp_path: Path, fresh_database: Callable[[st
     folder = copy_samples(tmp_path / "samples") / "postgres"
     url = fresh_database("postgresql")
 
-    for uri, message, answer in (
-        (url, "My name is Grace and my city is Lisbon.", "A trip to Lisbon is noted, Grace."),
-        (f"postgresql+asyncpg:{url.partition(':')[2]}", "Hello!", "Welcome back, Grace! "),
-        (
-            "env://POSTGRES_URL",
-            "Hello!",
-            "I know your city is Lisbon; this is your message 3 here.",
-        ),
-    ):
+    # each is a process; how a URL may be spelled is tested elsewhere too
+    spelled = [f"postgresql+asyncpg:{url.partition(':')[2]}"] if SOAK else []
+    uris = [url, *spelled, "env://POSTGRES_URL"]
+    known = "Welcome back, Grace! I know your city is Lisbon; this is your message {} here."
+    for number, uri in enumerate(uris, 1):
+        first = number == 1
+        message = "My name is Grace and my city is Lisbon." if first else "Hello!"
+        answer = "A trip to Lisbon is noted, Grace." if first else known.format(number)
         command = [*ADK, "run", f"--session_service_uri={uri}", "--session_id=one", "."]
         done = run(*command, message, folder=folder, POSTGRES_URL=url)
         assert (done.returncode, done.stderr) == (0, "Session ID: one\n")
@@ -170,7 +170,7 @@ def test_adk_run_stores_in_postgres(tmp_path: Path, fresh_database: Callable[[st
     assert "adk_sessions_version" in columns(url)  # google-adk's own service has no such table
     session = stored(url, "postgres", "test_user", "one")
     assert session is not None
-    assert len(session.events) == 8
+    assert len(session.events) == 2 + 2 * len(uris)
     assert session.state == {"city": "Lisbon", "user:name": "Grace", "app:latest_city": "Lisbon"}
 
 

@@ -149,7 +149,7 @@ class Chat(Manner):
     def load_session(self, conn: Connection, session_id: str) -> Any:
         """A session's row, None if there is none."""
         columns = self.sessions.c
-        statement = select(*(self.read(columns[name]) for name in SESSION))
+        statement = select(*(columns[name] for name in SESSION))
         key = {"k_session": session_id}
         return conn.execute(statement.where(self.is_(columns.session_id, "k_session")), key).first()
 
@@ -181,7 +181,7 @@ class Chat(Manner):
 
     def _list(self, one_session: bool, limited: bool, beyond: bool) -> Any:
         message, session = self.messages.c, self.sessions.c
-        statement = select(*(self.read(message[name]) for name in MESSAGE))
+        statement = select(*(message[name] for name in MESSAGE))
         statement = statement.where(self.is_(message.thread_id, "k_thread"))
         if one_session:
             statement = statement.where(self.is_(message.session_id, "k_session"))
@@ -203,10 +203,6 @@ class Chat(Manner):
     def is_(self, key: ColumnElement[Any], name: str) -> ColumnElement[bool]:
         """Whether a key column holds a parameter."""
         return key == bindparam(name)
-
-    def read(self, stored: ColumnElement[Any]) -> ColumnElement[Any]:
-        """A column as it is read."""
-        return stored
 
     def given(self, conn: Connection, of: TableClause, name: str) -> ColumnElement[Any]:
         """The parameter for a column."""
@@ -281,9 +277,6 @@ class ChatOnPostgreSQL(Chat):
             each.fullname: {name for of_messages, name in rows if bool(of_messages) == wanted}
             for each, wanted in zip(tables, (True, False), strict=True)
         }
-
-    def read(self, stored: ColumnElement[Any]) -> ColumnElement[Any]:
-        return cast(stored, Text()) if stored.key in _JSON else stored
 
     def given(self, conn: Connection, of: TableClause, name: str) -> ColumnElement[Any]:
         return select(_records(of, (name,)).c[name]).scalar_subquery()

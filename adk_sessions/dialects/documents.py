@@ -42,8 +42,9 @@ _TYPES: dict[type, TypeEngine[Any]] = {
 }
 # Text columns that fit whole into an index of InnoDB.
 _WHOLE = 3
-# Seconds to wait for a lock in one statement.
-_WAIT = 10
+# Seconds to wait for a lock of ours, and for one of a table. An ALTER that waits makes every reader
+# of the table wait behind it: it gives up soon, and is tried again.
+_WAIT, _TABLE_WAIT = 10, 2
 # What a statement is long besides its document, and from when on that is worth a question.
 _STATEMENT, _LARGE = 65_536, 500_000
 
@@ -122,14 +123,21 @@ def make(conn: Connection, table: Table) -> None:
     table.create(conn, checkfirst=True)
 
 
-def alter(conn: Connection, table: Table, *, add: str, kind: type | None, old: str = "") -> None:
-    """Adds a column to a table that has rows, or gives ``old`` that name if it has no type."""
-    quoted = conn.dialect.identifier_preparer
-    change = f"RENAME COLUMN {quoted.quote(old)} TO {quoted.quote(add)}"
-    if kind is not None:
-        column = sa.Column(add, _TYPES[kind])
-        change = f"ADD COLUMN {CreateColumn(column).compile(dialect=conn.dialect)}"
-    conn.exec_driver_sql(f"ALTER TABLE {quoted.format_table(table)} {change}")
+def add_column(conn: Connection, table: Table, name: str, kind: type) -> None:
+    """Adds a column to a table that has rows."""
+    column = CreateColumn(sa.Column(name, _TYPES[kind])).compile(dialect=conn.dialect)
+    _alter(conn, table, f"ADD COLUMN {column}")
+
+
+def rename_column(conn: Connection, table: Table, old: str, new: str) -> None:
+    """Gives a column another name."""
+    quote = conn.dialect.identifier_preparer.quote
+    _alter(conn, table, f"RENAME COLUMN {quote(old)} TO {quote(new)}")
+
+
+def _alter(conn: Connection, table: Table, change: str) -> None:
+    name = conn.dialect.identifier_preparer.format_table(table)
+    conn.exec_driver_sql(f"ALTER TABLE {name} {change}")
 
 
 class Documents(Manner):
@@ -173,8 +181,7 @@ class PostgreSQLDocuments(Documents):
         key = int.from_bytes(digest[:8], signed=True)
         with self.transaction(conn):
             conn.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
-            # an ALTER that waits makes every reader of the table wait behind it: try again soon
-            conn.execute(sa.text(f"SET LOCAL lock_timeout = '{_WAIT}s'"))
+            conn.exec_driver_sql(f"SET LOCAL lock_timeout = '{_TABLE_WAIT}s'")
             yield
 
 
@@ -205,10 +212,13 @@ class MySQLDocuments(Documents):
         if not held:
             raise Overtaken
         try:
+            conn.exec_driver_sql(f"SET SESSION lock_wait_timeout = {_TABLE_WAIT}")
+            conn.rollback()
             with self.transaction(conn):
                 yield
         finally:
             if not conn.invalidated:
+                conn.exec_driver_sql("SET SESSION lock_wait_timeout = DEFAULT")
                 conn.execute(sa.select(sa.func.release_lock(name)))
                 conn.rollback()
 

@@ -23,7 +23,6 @@ from sqlalchemy import (
     cast,
     delete,
     exists,
-    false,
     func,
     inspect,
     literal_column,
@@ -50,16 +49,6 @@ class Placed(NamedTuple):
     offset: int | None
 
 
-class Wanted(NamedTuple):
-    """Which events of a session to read; None and an empty tuple stand for any."""
-
-    source: str | None = None
-    trace_id: str | None = None
-    kinds: tuple[str, ...] = ()
-    min_offset: int | None = None
-    deleted: bool = False
-
-
 class Offsets:
     """Any dialect: a lock on the session's row lets one writer after the other find its number.
 
@@ -71,7 +60,6 @@ class Offsets:
     def __init__(self, sessions: Table, events: Table) -> None:
         self.sessions = sessions
         self.events = events
-        self._lists: dict[tuple[bool, ...], Select[Any]] = {}
 
     # --- one event -------------------------------------------------------------------------------
 
@@ -128,58 +116,36 @@ class Offsets:
         session_id = self.events.c.session_id
         return select(column).where(session_id == bindparam("session_id", type_=session_id.type))
 
-    def document(self, conn: Connection, session_id: Any, id: Any) -> tuple[bool, str | None]:
-        """Whether there is such a session, and the document of an event."""
-        row = conn.execute(self._document, {"session_id": session_id, "id": id}).first()
-        return (False, None) if row is None else (True, row[0])
-
-    @cached_property
-    def _document(self) -> Select[Any]:
-        s, e = self.sessions.c, self.events.c
-        joined = self.sessions.outerjoin(self.events, e.id == bindparam("id", type_=e.id.type))
-        return (
-            select(e.document)
-            .select_from(joined)
-            .where(s.id == bindparam("session_id", type_=s.id.type))
-        )
-
     # --- all of a session ------------------------------------------------------------------------
 
-    def documents(self, conn: Connection, session_id: Any, wanted: Wanted) -> list[str] | None:
-        """The documents of a session's events, in no order; None if there is no such session."""
-        values = {"session_id": session_id, **wanted._asdict(), "kinds": list(wanted.kinds)}
-        shape = (
-            wanted.source is not None,
-            wanted.trace_id is not None,
-            bool(wanted.kinds),
-            wanted.min_offset is not None,
-            wanted.deleted,
-        )
-        statement = self._lists.get(shape)
-        if statement is None:
-            statement = self._lists[shape] = self._list(*shape)
-        documents = conn.execute(statement, values).scalars().all()
-        # a session without events is one row that has none
-        return [text for text in documents if text is not None] if documents else None
+    def documents(
+        self,
+        conn: Connection,
+        session_id: Any,
+        equal: Mapping[str, Any],
+        *,
+        min_offset: int | None = None,
+    ) -> list[str] | None:
+        """The documents of events, in no order; None if there is no such session.
 
-    def _list(
-        self, source: bool, trace_id: bool, kinds: bool, min_offset: bool, deleted: bool
-    ) -> Select[Any]:
+        Args:
+            conn: any.
+            session_id: the session that is to be there.
+            equal: what an event has in its columns; a list for one of several.
+            min_offset: the lowest offset.
+        """
         s, e = self.sessions.c, self.events.c
-        session_id = bindparam("session_id", type_=s.id.type)
-        wanted = [e.session_id == session_id]
-        if source:
-            wanted.append(e.source == bindparam("source", type_=e.source.type))
-        if trace_id:
-            wanted.append(e.trace_id == bindparam("trace_id", type_=e.trace_id.type))
-        if kinds:
-            wanted.append(e.kind.in_(bindparam("kinds", expanding=True, type_=e.kind.type)))
-        if min_offset:
-            wanted.append(e.offset >= bindparam("min_offset", type_=e.offset.type))
-        if not deleted:
-            wanted.append(e.deleted == false())
+        wanted = [
+            e[name].in_(value) if isinstance(value, list) else e[name] == value
+            for name, value in equal.items()
+        ]
+        if min_offset is not None:
+            wanted.append(e.offset >= min_offset)
         joined = self.sessions.outerjoin(self.events, and_(*wanted))
-        return select(e.document).select_from(joined).where(s.id == session_id)
+        found = select(e.document).select_from(joined).where(s.id == session_id)
+        texts = conn.scalars(found).all()
+        # a session without such events is one row that has none
+        return [text for text in texts if text is not None] if texts else None
 
     def delete(self, conn: Connection, session_id: Any) -> None:
         """Deletes a session, and then what writers stored who had its row before."""

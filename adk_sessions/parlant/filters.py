@@ -26,7 +26,7 @@ _RANGES: dict[str, Callable[[Any, Any], Any]] = {
 _LISTS = ("$in", "$nin")
 _TESTS = {"$eq", "$ne", *_LISTS, *_RANGES}
 # SQLite refuses expressions that are nested deeper than 1000, and drivers 32,767 parameters.
-_BROADEST = 500
+_BROADEST = 250
 _MOST_VALUES = 20_000
 
 

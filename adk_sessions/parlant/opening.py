@@ -16,9 +16,20 @@ from typing import Any, NamedTuple, TypeVar, cast
 import sqlalchemy as sa
 from parlant.core.persistence.document_database import BaseDocument
 from sqlalchemy import Connection, Table
+from sqlalchemy.exc import IntegrityError
 
 from ..dialects import Database
-from ..dialects.documents import Documents, Shape, alter, index_on, make, shape_of, short, table_of
+from ..dialects.documents import (
+    Documents,
+    Shape,
+    add_column,
+    index_on,
+    make,
+    rename_column,
+    shape_of,
+    short,
+    table_of,
+)
 from ..errors import DatabaseError, SchemaError
 from ..retry import Retry
 from .columns import ORDER, UNFIT, Columns, dump, load
@@ -31,7 +42,7 @@ Wanted = tuple[Mapping[str, bool], bool]
 logger = logging.getLogger(__name__)
 
 # Documents that are read, loaded and written back at a time.
-_BATCH = 200
+_BATCH = 500
 # Behind the name of a column that is not filled yet.
 _FILLING = "__filling"
 # What is kept of a document that its loader rejects, besides the document.
@@ -145,7 +156,11 @@ async def opened(
 
 
 async def ensure_indexes(place: Place, opened: Opened, wanted: Sequence[Wanted]) -> None:
-    """Makes indexes that are missing; none on keys without a column, none with ``create=False``."""
+    """Makes indexes that are missing; none on keys without a column, none with ``create=False``.
+
+    Raises:
+        SchemaError: documents have equal values where they must not.
+    """
     table = opened.columns.table
     missing = [i for i in _indexes(table, wanted) if i.name not in opened.indexes]
 
@@ -154,7 +169,10 @@ async def ensure_indexes(place: Place, opened: Opened, wanted: Sequence[Wanted])
             index.create(conn, checkfirst=True)
 
     if missing and place.create:
-        await place.transact(create, lock=table)
+        try:
+            await place.transact(create, lock=table)
+        except IntegrityError:
+            raise SchemaError(f"An index of {table.fullname} is to be unique and is not.") from None
         opened.indexes.update(index.name for index in missing)
 
 
@@ -175,19 +193,16 @@ def _add(columns: Columns, key: str, last: int, conn: Connection) -> int | None:
     if shape is None or key in shape.columns:
         return None
     if name not in shape.columns:
-        alter(conn, table, add=name, kind=kind)
+        add_column(conn, table, name, kind)
     rows = _rows(conn, table, sa.true(), last, lock=True)
     target = table_of(table.name, table.schema, {name: kind})
     for seq, text in rows:
-        document = load(text)
-        value = columns.value(key, document.get(key))
-        if value is UNFIT:
-            logger.warning("%s of document %r is not of its type", key, document.get("id"))
-        elif value is not None:
+        value = _scalars(Columns(table, {key: kind}), text)[key]
+        if value is not None:
             conn.execute(sa.update(target).where(target.c.seq == seq).values({name: value}))
     if rows:
         return rows[-1][0]
-    alter(conn, table, add=key, kind=None, old=name)
+    rename_column(conn, table, name, key)
     return None
 
 
@@ -278,8 +293,8 @@ async def _bring(
             if row is not None:
                 conn.execute(sa.update(table).where(*same).values(row))
             elif reason and conn.execute(sa.delete(table).where(*same)).rowcount:
-                kept = _kept(Columns(failed, _FAILED), text)
-                conn.execute(sa.insert(failed), kept)
+                kept = _scalars(Columns(failed, _FAILED), text)
+                conn.execute(sa.insert(failed), {**kept, "document": text})
                 moved.append((kept["id"], reason))
         return moved
 
@@ -290,10 +305,14 @@ async def _bring(
         )
 
 
-def _kept(columns: Columns, text: str) -> dict[str, Any]:
+def _scalars(columns: Columns, text: str) -> dict[str, Any]:
+    """What can be in columns of a document that need not be sound."""
     try:
         document = load(text)
     except DatabaseError:
         document = {}
     values = {key: columns.value(key, document.get(key)) for key in columns.kinds}
-    return {"document": text} | {k: None if v is UNFIT else v for k, v in values.items()}
+    for key in [key for key, value in values.items() if value is UNFIT]:
+        logger.warning("%s of document %r does not fit its column", key, document.get("id"))
+        values[key] = None
+    return values

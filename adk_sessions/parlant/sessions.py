@@ -35,7 +35,7 @@ from parlant.core.sessions import (
 from sqlalchemy import Connection
 from sqlalchemy.exc import IntegrityError
 
-from ..dialects.offsets import Offsets, Placed, Wanted, offsets_for
+from ..dialects.offsets import Offsets, Placed, offsets_for
 from ..errors import DatabaseError, InvalidInputError, OutcomeUnknownError, SchemaError
 from ..turns import Turns
 from .columns import UNFIT
@@ -303,13 +303,10 @@ class SQLSessionStore(SessionDocumentStore):
         Raises:
             ItemNotFoundError: there is no such session, or no such event.
         """
-        session, event = self._value("session_id", session_id), self._value("id", event_id)
-        known, text = await self._read(lambda conn: self._offsets.document(conn, session, event))
-        if not known:
-            _not_found(session_id, "Session not found")
-        if text is None:
+        found = await self._documents(session_id, {"id": event_id})
+        if not found:
             _not_found(event_id, "Event not found")
-        return self._deserialize_event(self._events.load(text))
+        return self._deserialize_event(found[0])
 
     async def delete_event(self, event_id: EventId) -> None:
         """Marks an event as deleted."""
@@ -333,21 +330,35 @@ class SQLSessionStore(SessionDocumentStore):
         Raises:
             ItemNotFoundError: there is no such session.
         """
-        value = self._value
-        wanted = Wanted(
-            source=value("source", source.value) if source else None,
-            trace_id=value("trace_id", trace_id) if trace_id else None,
-            kinds=tuple(value("kind", kind.value) for kind in kinds),
-            min_offset=value("offset", min(min_offset, _HIGHEST)) if min_offset else None,
-            deleted=not exclude_deleted,
+        equal: dict[str, Any] = {"session_id": session_id}
+        if source:
+            equal["source"] = source.value
+        if trace_id:
+            equal["trace_id"] = trace_id
+        if kinds:
+            equal["kind"] = [kind.value for kind in kinds]
+        if exclude_deleted:
+            equal["deleted"] = False
+        found = await self._documents(session_id, equal, min_offset)
+        # quicker here than on the server, which would carry each document along
+        found.sort(key=itemgetter("offset"))
+        return [self._deserialize_event(document) for document in found]
+
+    async def _documents(
+        self, session_id: SessionId, equal: Mapping[str, Any], min_offset: int | None = None
+    ) -> list[Any]:
+        id = self._value("session_id", session_id)
+        bound = {
+            name: value if isinstance(value, list) else self._value(name, value)
+            for name, value in equal.items()
+        }
+        lowest = self._value("offset", min(min_offset, _HIGHEST)) if min_offset else None
+        texts = await self._read(
+            lambda conn: self._offsets.documents(conn, id, bound, min_offset=lowest)
         )
-        id = value("session_id", session_id)
-        texts = await self._read(lambda conn: self._offsets.documents(conn, id, wanted))
         if texts is None:
             _not_found(session_id, "Session not found")
-        # quicker here than on the server, which would carry each document along
-        documents = sorted(map(self._events.load, texts), key=itemgetter("offset"))
-        return [self._deserialize_event(document) for document in documents]
+        return [self._events.load(text) for text in texts]
 
     async def update_event(
         self, session_id: SessionId, event_id: EventId, params: EventUpdateParams

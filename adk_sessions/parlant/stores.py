@@ -7,16 +7,16 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from parlant.core.common import IdGenerator
-from parlant.core.context_variables import ContextVariableStore
+from parlant.core.context_variables import ContextVariableDocumentStore, ContextVariableStore
 from parlant.core.customers import CustomerStore
 from parlant.core.sessions import SessionStore
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ..dialects.durable import check_durable
+from .customers import SQLCustomerStore
 from .documents import SQLDocumentDatabase
 from .sessions import SQLSessionStore
-from .tagging import SQLContextVariableStore, SQLCustomerStore
 
 
 class ParlantStores(NamedTuple):
@@ -62,7 +62,7 @@ async def parlant_stores(
         SQLCustomerStore(
             IdGenerator(), database.sharing("parlant_customers_"), migrate
         ) as customers,
-        SQLContextVariableStore(
+        ContextVariableDocumentStore(
             IdGenerator(), database.sharing("parlant_context_variables_"), migrate
         ) as variables,
     ):
