@@ -32,7 +32,21 @@ from adk_sessions.testing import DocumentDatabaseContract
 from adk_sessions.testing.documents import ODD, Thing, thing
 from adk_sessions.url import create_engine
 
-KINDS = ["sqlite", "sqlite-memory", "postgresql", "mariadb"]
+SOAK = os.environ.get("ADK_SESSIONS_SOAK") == "1"
+# a pooler passes on the same statements, and has a test of its own below
+KINDS = ["sqlite", "sqlite-memory", "postgresql", "mariadb", *(["pgbouncer"] if SOAK else [])]
+FIXTURES = {
+    "postgresql": "postgres_url",
+    "mariadb": "mariadb_url",
+    "pgbouncer": "pgbouncer_url",
+}
+
+
+def url_of(kind: str, request: pytest.FixtureRequest, fresh_database: Callable[[str], str]) -> str:
+    """A server's database is shared by the session: names in it are each test's own."""
+    fixture = FIXTURES.get(kind)
+    url = request.getfixturevalue(fixture) if fixture else fresh_database(kind)
+    return f"{url}?pgbouncer=true" if kind == "pgbouncer" else str(url)
 
 
 class TestContract(DocumentDatabaseContract):
@@ -44,8 +58,7 @@ class TestContract(DocumentDatabaseContract):
     def new_database(
         self, kind: str, request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
     ) -> Callable[[], DocumentDatabase]:
-        fixture = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}.get(kind)
-        url = request.getfixturevalue(fixture) if fixture else fresh_database(kind)
+        url = url_of(kind, request, fresh_database)
         if kind != "sqlite-memory":
             return lambda: SQLDocumentDatabase(url, prefix="p_")
         memory = SQLDocumentDatabase(url, prefix="p_")
@@ -155,8 +168,7 @@ class Pair:
 
 @pytest.fixture(params=["sqlite", "postgresql", "mariadb"])
 def pair(request: pytest.FixtureRequest, fresh_database: Callable[[str], str]) -> Iterator[Pair]:
-    fixture = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}.get(request.param)
-    url = request.getfixturevalue(fixture) if fixture else fresh_database(request.param)
+    url = url_of(request.param, request, fresh_database)
     with asyncio.Runner() as runner:
         pair = Pair(url, runner)
         runner.run(pair.fill(population()))
@@ -167,8 +179,8 @@ def pair(request: pytest.FixtureRequest, fresh_database: Callable[[str], str]) -
 EXAMPLES = settings(
     deadline=None,
     phases=[phase for phase in Phase if phase is not Phase.shrink],  # a server makes it take hours
-    max_examples=2000 if os.environ.get("ADK_SESSIONS_SOAK") == "1" else 60,
-    derandomize=os.environ.get("ADK_SESSIONS_SOAK") != "1",
+    max_examples=2000 if SOAK else 60,
+    derandomize=not SOAK,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
@@ -240,8 +252,7 @@ def crew() -> Iterator[Crew]:
 @pytest.fixture
 def url(request: pytest.FixtureRequest, fresh_database: Callable[[str], str]) -> str:
     """Of the kind that the test is parametrized with; a server's database is shared."""
-    fixture = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}.get(request.param)
-    return str(request.getfixturevalue(fixture) if fixture else fresh_database(request.param))
+    return url_of(request.param, request, fresh_database)
 
 
 @pytest.mark.parametrize("url", SERVERS, indirect=True)
@@ -288,9 +299,7 @@ async def engine(
     request: pytest.FixtureRequest, fresh_database: Callable[[str], str]
 ) -> AsyncIterator[Any]:
     kind, options = request.param
-    fixture = {"postgresql": "postgres_url", "mariadb": "mariadb_url"}.get(kind)
-    url = request.getfixturevalue(fixture) if fixture else fresh_database(kind)
-    engine = create_engine(url, **options)
+    engine = create_engine(url_of(kind, request, fresh_database), **options)
     yield engine
     await engine.dispose()
 

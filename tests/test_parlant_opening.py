@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, NewType, NotRequired, Optional, Required, TypedDict
 
 import document_workers
 import pytest
@@ -27,6 +27,7 @@ from workers import Crew
 
 from adk_sessions import SchemaError
 from adk_sessions.parlant import SQLDocumentDatabase, opening
+from adk_sessions.parlant.columns import kinds_of
 from adk_sessions.testing.documents import Thing, thing
 from adk_sessions.url import create_engine
 
@@ -198,6 +199,35 @@ async def test_names_are_verbatim_unless_they_are_too_long(url: str) -> None:
     assert things.table.name.startswith(f"parlant_context_variables_{name}"[:54] + "_")
 
 
+Id = NewType("Id", ObjectId)
+
+
+class Kinds(TypedDict):
+    id: ObjectId
+    nested: Id
+    optional: Optional[int]  # noqa: UP045
+    either: bool | None
+    needed: Required[float]
+    maybe: NotRequired[Version.String | None]
+    choice: Literal["a", "b", None]
+    several: int | str
+    mixed: Literal["a", 1]
+    items: list[str]
+    anything: Any
+    SEQ: int
+    Either: str
+    document: str
+
+
+def test_a_key_has_a_column_if_it_is_one_scalar() -> None:
+    assert kinds_of(Kinds) == {
+        **{"id": str, "nested": str, "optional": int, "either": bool, "needed": float},
+        **{"maybe": str, "choice": str},
+    }
+    odd = TypedDict("odd", {"a b": int, "x" * 50: int, "y" * 51: int, 'q"': int, "1a": int})  # type: ignore[misc]
+    assert kinds_of(odd) == {"x" * 50: int}
+
+
 # --- nothing is read that need not be ------------------------------------------------------------
 
 
@@ -250,6 +280,23 @@ async def assert_opening_reads_one_of_each_version(
             assert "filesort" not in plan, plan
             assert "TEMP B-TREE" not in plan, plan
             assert "Sort" not in plan, plan
+    await database.delete_collection("things")
+
+
+async def test_what_is_asked_often_is_one_statement(engine: AsyncEngine, prefix: str) -> None:
+    database = SQLDocumentDatabase(engine, prefix=prefix)
+    things = await filled(database, [thing(f"i{n}") for n in range(9)])
+    with Statements(engine) as statements:
+        for call in (
+            lambda: things.find({"name": {"$eq": ""}}),
+            lambda: things.find({"name": {"$eq": ""}}, limit=3),
+            lambda: things.find({}, limit=0),
+            lambda: things.find_one({"id": {"$eq": "i3"}}),
+            lambda: things.insert_one(thing("new")),
+        ):
+            del statements.said[:]
+            await call()
+            assert len([s for s in statements.said if things.table.name in s[0]]) == 1
     await database.delete_collection("things")
 
 
@@ -354,6 +401,17 @@ async def test_a_loader_that_is_cut_off_goes_on_at_the_next_start(
         del asked[:]
         await database.get_or_create_collection("things", Thing, load)
         assert len(asked) == 1
+
+
+async def test_a_loader_that_gives_an_id_twice_is_an_error(url: str, prefix: str) -> None:
+    async def load(document: Any) -> Any:
+        return {**document, "id": "same", "version": "0.2.0"}
+
+    async with SQLDocumentDatabase(url, prefix=prefix) as database:
+        things = await filled(database, [thing("a"), thing("b")])
+        with pytest.raises(SchemaError, match="ids"):
+            await database.get_or_create_collection("things", Thing, load)
+        assert [one["id"] for one in await things.find({})] == ["a", "b"]
 
 
 async def test_a_nan_does_not_make_a_document_old(url: str, prefix: str) -> None:

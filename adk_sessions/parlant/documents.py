@@ -7,6 +7,7 @@ cannot say, and what a column cannot hold, is decided by the documents that are 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self, TypeVar, cast, get_type_hints
 
@@ -67,6 +68,7 @@ class SQLDocumentDatabase(DocumentDatabase):
 
     Raises:
         ConfigurationError: bad URL, missing driver, unknown option.
+        InvalidInputError: no table can be called so.
     """
 
     def __init__(
@@ -252,7 +254,8 @@ class SQLDocumentCollection(DocumentCollection[TDocument]):
         total = count.scalar_subquery()
         order = (moment.desc(), id.desc()) if down else (moment, id)
         # the number is needed though no document may be wanted
-        page = sa.select(table.c.document, total).where(where).order_by(*order).limit(limit or 1)
+        most = min(max(limit, 1), sys.maxsize)
+        page = sa.select(table.c.document, total).where(where).order_by(*order).limit(most)
         rows = await self.run(lambda conn: conn.execute(page).all(), write=False)
         items = [self.load(text) for text, _ in rows[:limit]]
         return _result(items, rows[0][1] if rows else 0)
@@ -265,7 +268,6 @@ class SQLDocumentCollection(DocumentCollection[TDocument]):
         None comes before all others.
         """
         wanted = Filter(self._columns, filters)
-
         if sort:
             found = await self._all(wanted)
             for field, way in reversed(sort):

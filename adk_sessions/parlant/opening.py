@@ -298,7 +298,11 @@ async def _bring(
                 moved.append((kept["id"], reason))
         return moved
 
-    for id, reason in await place.transact(write):
+    try:
+        moved = await place.transact(write)
+    except IntegrityError:
+        raise SchemaError(f"The loader of {table.fullname} gives ids that others have.") from None
+    for id, reason in moved:
         logger.warning(
             "document %r is rejected, and kept in %s: its loader gave %s",
             *(id, failed.fullname, reason),

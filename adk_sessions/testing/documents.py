@@ -503,7 +503,7 @@ class DocumentDatabaseContract:
         documents.sort(key=_key, reverse=down)
         for where in ({}, {"flag": {"$eq": True}}, {"name": {"$gte": ""}}):
             wanted = [d["id"] for d in documents if d["flag"] or "flag" not in where]
-            for limit in (1, 3, len(wanted) - 1, len(wanted), len(wanted) + 1):
+            for limit in (1, 3, len(wanted) - 1, len(wanted), len(wanted) + 1, 2**70):
                 await _walk(things, where, limit, down, wanted)
 
     async def test_a_cursor_need_not_name_a_document(
