@@ -261,6 +261,8 @@ def modules_with_all() -> list[str]:
 
 @pytest.mark.parametrize("name", modules_with_all())
 def test_a_modules_public_names_exist_and_are_sorted(name: str) -> None:
+    if name == "testing":  # one of its kits is imported when it is asked for
+        pytest.importorskip("parlant")
     module = importlib.import_module(f"adk_sessions.{name}")
     assert module.__all__ == sorted(module.__all__)
     for public in module.__all__:

@@ -9,8 +9,11 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-import document_workers
 import pytest
+
+pytest.importorskip("parlant")
+
+import document_workers
 import sqlalchemy as sa
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st

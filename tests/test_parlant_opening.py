@@ -10,8 +10,11 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Literal, NewType, NotRequired, Optional, Required, TypedDict
 
-import document_workers
 import pytest
+
+pytest.importorskip("parlant")
+
+import document_workers
 import sqlalchemy as sa
 from document_workers import Renamed, renamed
 from parlant.core.common import Version

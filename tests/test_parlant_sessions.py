@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+
+pytest.importorskip("parlant")
+
 import wire
 from engines import engine_for
 from parlant.adapters.db.transient import TransientDocumentDatabase

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import pytest
+
+pytest.importorskip("parlant")
+
 from engines import engine_for
 from parlant.adapters.db.transient import TransientDocumentDatabase
 from parlant.core.agents import AgentId
