@@ -25,6 +25,7 @@ from .dialects import Backend
 from .dialects import chat as rows
 from .dialects import chat_columns as columns
 from .dialects.connecting import Pooler, connect_engine
+from .dialects.documents import short
 from .errors import (
     AlreadyExistsError,
     ConfigurationError,
@@ -45,6 +46,7 @@ LENGTH = 255
 
 _TABLES = {"messages": "chat_messages", "sessions": "chat_sessions"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
+_UNSENDABLE = re.compile("[\0\ud800-\udfff]")
 _MOST = 1000  # messages of a page
 _TICK = timedelta(microseconds=1)
 _FIRST, _LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9000, 1, 1, tzinfo=UTC)
@@ -128,14 +130,16 @@ class ChatPersistence:
         engine: the application's, with an async driver. Behind a pooler in transaction mode it is
             to be made for that: with asyncpg ``connect_args={"statement_cache_size": 0}``.
         tables: other names for the tables ``messages`` and ``sessions``.
-        schema: the database schema that holds them, None for the connection's own.
+        schema: the database schema that holds them, None for the connection's own; the engine's
+            ``schema_translate_map`` is followed.
         backend: ``generic`` takes the path that any SQL database can go; ``auto`` takes it for a
             database that has no statements of its own.
         pooler: ``transaction`` if the engine goes through a pooler in that mode and names its
             prepared statements, as SQLAlchemy's documentation has it: each call then is a
             transaction, three round trips. Better leave it, and give asyncpg
             ``statement_cache_size=0`` alone.
-        statement_timeout: seconds that a call may take once it has a connection; None for no limit.
+        statement_timeout: seconds that a call may take once it has a connection; None for no limit,
+            as always on SQLite.
         retry_window: seconds in which a call is repeated after a conflict or a lost connection; 0
             never repeats.
 
@@ -160,7 +164,9 @@ class ChatPersistence:
             raise ConfigurationError("backend must be 'auto' or 'generic'")
         if not isinstance(retry_window, int | float) or not retry_window >= 0:
             raise ConfigurationError("retry_window must be seconds, 0 or more")
-        where: dict[str, Any] = {**_names(tables, schema), "schema": schema}
+        # SQLAlchemy itself looks there for Table objects alone
+        schemas = engine.sync_engine.get_execution_options().get("schema_translate_map") or {}
+        where: dict[str, Any] = {**_names(tables, schema), "schema": schemas.get(schema, schema)}
         how: dict[str, Any] = {"generic": backend == "generic", "pooled": pooler is not None}
         self._database, self._statements = connect_engine(
             engine,
@@ -448,7 +454,7 @@ def _session_row(session: object, now: datetime) -> rows.Values:
 def _time(value: object, field: str, default: T) -> datetime | T:
     if value is None:
         return default
-    if not isinstance(value, datetime) or value.tzinfo is None or not _FIRST <= value < _LAST:
+    if not isinstance(value, datetime) or value.utcoffset() is None or not _FIRST <= value < _LAST:
         raise InvalidInputError(
             f"{field} must be a datetime with a time zone, in the years 1970 to 8999", field=field
         )
@@ -514,7 +520,8 @@ def _place(cursor: str, scope: list[Any]) -> tuple[Any, str]:
     try:
         text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         digest, (kind, at), message_id = json.loads(text)
-        if digest == _digest(scope, [kind, at], message_id):
+        sound = isinstance(message_id, str) and _can_be_sent(message_id) and _can_be_sent(at)
+        if sound and digest == _digest(scope, [kind, at], message_id):
             return datetime.fromisoformat(at) if kind else at, message_id
     except (ValueError, TypeError, AttributeError, RecursionError):
         pass
@@ -523,6 +530,13 @@ def _place(cursor: str, scope: list[Any]) -> tuple[Any, str]:
         " session, or None for the first page",
         field="cursor",
     )
+
+
+def _can_be_sent(value: Any) -> bool:
+    """Whether a driver can send it: whoever knows how may make a cursor up."""
+    if isinstance(value, str):
+        return not _UNSENDABLE.search(value)
+    return type(value) in (int, float) and abs(value) < 2**63
 
 
 def _digest(*parts: Any) -> str:
@@ -599,8 +613,8 @@ def chat_models(
     class StoredChatMessage(root):  # type: ignore[misc]
         __tablename__ = messages
         __table_args__ = (
-            Index(f"ix_{messages}_thread_created", "thread_id", "created_at", "message_id"),
-            Index(f"ix_{messages}_session", "session_id"),
+            Index(short(f"ix_{messages}_thread_created"), "thread_id", "created_at", "message_id"),
+            Index(short(f"ix_{messages}_session"), "session_id"),
             {"schema": schema},
         )
 
@@ -614,7 +628,7 @@ def chat_models(
 
     class StoredChatSession(root):  # type: ignore[misc]
         __tablename__ = sessions
-        __table_args__ = (Index(f"ix_{sessions}_thread", "thread_id"), {"schema": schema})
+        __table_args__ = (Index(short(f"ix_{sessions}_thread"), "thread_id"), {"schema": schema})
 
         session_id = key(primary_key=True)
         thread_id = key(nullable=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import multiprocessing
 import re
@@ -33,6 +34,7 @@ from adk_sessions import (
     InvalidInputError,
     SchemaError,
 )
+from adk_sessions import chat as chat_module
 from adk_sessions.chat import ChatMessage, ChatPersistence, ChatSession, chat_models
 from adk_sessions.dialects import chat_columns
 from adk_sessions.testing import ChatPersistenceContract
@@ -122,9 +124,8 @@ PLACES = {
         "mariadb", options={"backend": "generic"}, capabilities={"ids": PADDED}
     ),
 }
-# Where the whole kit runs; elsewhere it is what the columns' types and the statements have a part
-# in, and ADK_SESSIONS_SOAK=1 runs all of it everywhere.
-WHOLE = ["sqlite", "postgresql", "mariadb", "mariadb default"]
+# What the types of columns and the statements have a part in; the whole kit runs on the models'
+# tables alone, and with ADK_SESSIONS_SOAK=1 everywhere.
 PART = {
     "test_a_saved_message_reads_back_equal",
     "test_parts_come_back_with_value_and_type",
@@ -257,7 +258,7 @@ def message(thread: str, message_id: str = "m", **fields: Any) -> ChatMessage:
 class TestChat(ChatPersistenceContract):
     """The kit with two engines on each place."""
 
-    @pytest.fixture(params=WHOLE)
+    @pytest.fixture(params=DATABASES)
     def tables(self, request: pytest.FixtureRequest, shared: Callable[[str], Tables]) -> Tables:
         return self.at(request.param, shared)
 
@@ -283,7 +284,7 @@ class TestChatElsewhere(TestChat):
 
     locals().update(without(CASES - PART))
 
-    @pytest.fixture(params=[name for name in PLACES if name not in WHOLE])
+    @pytest.fixture(params=[name for name in PLACES if name not in DATABASES])
     def tables(self, request: pytest.FixtureRequest, shared: Callable[[str], Tables]) -> Tables:
         return self.at(request.param, shared)
 
@@ -432,6 +433,30 @@ async def test_ids_may_be_of_another_type(
         assert len((await chat.list_messages(ids[0], ids[3])).items) == 4
 
 
+async def test_a_cursor_that_somebody_made_up_is_refused(
+    chat: ChatPersistence, thread: str
+) -> None:
+    """Its digest is no secret."""
+    await chat.save_messages([message(thread, n) for n in ("a", "b")])
+
+    def made_up(kind: str, at: Any, message_id: Any) -> str:
+        plain = [kind, at]
+        digest = chat_module._digest([thread, None], plain, message_id)
+        text = json.dumps([digest, plain, message_id])
+        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+    given = (await chat.list_messages(thread, limit=1)).next_cursor or ""
+    _, (kind, at), _ = json.loads(base64.urlsafe_b64decode(given + "=="))
+    assert made_up(kind, at, "a") == given
+    bad: tuple[Any, ...] = ({"a": 1}, [1], True, None, float("nan"), 10**400, "\ud800", "x\0")
+    cursors = [made_up(kind, value, "a") for value in bad]
+    cursors += [made_up(kind, at, value) for value in (*bad, 1)]
+    for cursor in cursors:
+        with pytest.raises(InvalidInputError) as caught:
+            await chat.list_messages(thread, cursor=cursor)
+        assert caught.value.field == "cursor"
+
+
 # --- what the tables are -------------------------------------------------------------------------
 
 
@@ -504,6 +529,31 @@ async def test_a_search_path_and_a_schema_say_where_the_tables_are(
         for chat in (ChatPersistence(lost), ChatPersistence(lost, schema="b")):
             with pytest.raises(SchemaError):
                 await chat.validate_schema()
+
+
+@pytest.mark.parametrize("backend", ["auto", "generic"])
+async def test_an_engine_of_one_tenant_reaches_its_tables_alone(
+    fresh_database: Callable[[str], str], thread: str, backend: Any
+) -> None:
+    """SQLAlchemy's schema_translate_map, by which one engine serves a schema for each tenant."""
+    url = fresh_database("postgresql")
+    await execute(url, "create schema ann; create schema bob")
+    async with engine_for(url) as engine:
+        chats = {}
+        for tenant in ("ann", "bob"):
+            own = engine.execution_options(schema_translate_map={None: tenant, "app": tenant})
+            async with own.begin() as conn:
+                await conn.run_sync(chat_models().metadata.create_all)
+            chats[tenant] = ChatPersistence(own, backend=backend)
+            await chats[tenant].validate_schema()
+            await chats[tenant].save_messages([message(thread, parts=[tenant])])
+            await chats[tenant].archive_session(f"{tenant}'s")
+            named = ChatPersistence(own, schema="app", backend=backend)
+            (stored,) = (await named.list_messages(thread)).items
+            assert stored.parts == [tenant]
+        assert await chats["ann"].load_session("bob's") is None
+        with pytest.raises(SchemaError):
+            await ChatPersistence(engine, backend=backend).validate_schema()
 
 
 async def test_on_mariadb_a_schema_is_a_database(
@@ -646,6 +696,20 @@ def test_models_are_added_to_a_base_or_to_metadata() -> None:
     assert chat_models(metadata).metadata is metadata
     assert set(metadata.tables) == {"d.chat_messages", "d.chat_sessions"}
     assert chat_models().metadata is not chat_models().metadata
+
+
+async def test_tables_may_have_the_longest_names(tables: Tables, thread: str) -> None:
+    """Those of their indexes are shortened."""
+    names = {what: f"{thread}_{what}".ljust(63, "x") for what in ("messages", "sessions")}
+    models = chat_models(**names)
+    async with tables.engine() as engine:
+        async with engine.begin() as conn:
+            await conn.run_sync(models.metadata.create_all)
+        chat = ChatPersistence(engine, tables=names)
+        await chat.validate_schema()
+        await chat.save_messages([message(thread, session_id=thread)])
+        await chat.archive_session(thread)
+        assert (await chat.list_messages(thread)).items == []
 
 
 @pytest.mark.parametrize(
@@ -1012,6 +1076,32 @@ async def test_ids_that_a_collation_takes_for_the_same_do_not_meet(
         loaded = await chat.load_session(thread)
         assert loaded is not None
         assert loaded.archived_at
+        # another session, which has no row
+        await chat.save_messages([message("t", thread, session_id=thread.upper())])
+        assert len((await chat.list_messages("t")).items) == 1
+        await chat.save_messages([message("t", thread, session_id=thread)])
+        assert (await chat.list_messages("t")).items == []
+
+
+@pytest.mark.parametrize("kind", ["postgresql", "mariadb"])
+async def test_tables_of_two_collations_are_told_what_to_do(
+    new_tables: Callable[[Place], Tables], thread: str, kind: str
+) -> None:
+    if kind == "mariadb":
+        tables = new_tables(PLACES["mariadb default"])
+        change = "modify session_id varchar(100) collate {}"
+        collations = ("utf8mb4_unicode_ci", "utf8mb4_general_ci")
+    else:
+        tables = new_tables(PLACES["postgresql text"])
+        change = 'alter session_id type text collate "{}"'
+        collations = ("C", "POSIX")
+    for name, collation in zip(tables.names.values(), collations, strict=True):
+        await execute(tables.url, f"alter table {name} {change.format(collation)}")
+    async with tables.chat() as chat:
+        await chat.save_messages([message(thread, session_id=thread)])
+        assert len((await chat.list_messages(thread, thread)).items) == 1
+        with pytest.raises(DatabaseError, match="one collation"):
+            await chat.list_messages(thread)
 
 
 async def test_what_a_column_cannot_hold_is_refused_whole(
@@ -1028,6 +1118,20 @@ async def test_what_a_column_cannot_hold_is_refused_whole(
             assert "secret" not in str(caught.value)
             assert not caught.value.retryable
             assert (await chat.list_messages(thread)).items == []
+
+
+async def test_what_the_connection_cannot_say_is_refused(
+    shared: Callable[[str], Tables], thread: str
+) -> None:
+    """The driver's own error would carry the statement with all that is in it."""
+    tables = shared("mariadb")
+    async with tables.engine(connect_args={"charset": "latin1"}) as engine:
+        chat = tables.on(engine)
+        await chat.save_messages([message(thread, "é", parts=["日"])])
+        with pytest.raises(DatabaseError, match="character set") as caught:
+            await chat.save_messages([message(thread, "日", parts=["secret"])])
+        assert caught.value.__cause__ is caught.value.__context__ is None
+        assert [m.parts for m in (await chat.list_messages(thread)).items] == [["日"]]
 
 
 async def test_more_than_a_packet_is_sent_in_several_and_one_too_large_is_refused(

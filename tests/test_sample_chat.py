@@ -126,6 +126,21 @@ def test_a_conversation_goes_on_in_the_next_process(
     assert (folder / "chat_history.db").exists() == (kind == "file")
 
 
+def test_a_session_is_of_one_thread(folder: Path) -> None:
+    """Ids of sessions are unique in the table: what one knows is not for another thread."""
+    with served(folder) as client:
+        say(client, "Hello, my name is Ada.")
+        body = {"session_id": "monday", "text": "Who am I?"}
+        refused = client.post("/threads/other/messages", json=body)
+        assert (refused.status_code, "Ada" in refused.text) == (409, False)
+        assert texts(client.get("/threads/other/messages").json()) == []
+        assert client.post("/sessions/tuesday/archive").status_code == 204
+        say(client, "Hi.", session_id="tuesday")  # one that was archived before it was saved
+        assert client.post(
+            "/threads/other/messages", json={**body, "session_id": "tuesday"}
+        ).is_error
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not there")
 def test_what_the_readme_types_works(folder: Path) -> None:
     commands = re.findall(r"^    (curl .*)$", README, re.MULTILINE)

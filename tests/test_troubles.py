@@ -6,7 +6,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from servers import (
     unique_name,
 )
 from sqlalchemy import make_url, text
+from sqlalchemy.dialects import mysql
 
 from adk_sessions import (
     ConfigurationError,
@@ -32,6 +33,7 @@ from adk_sessions import (
     url,
 )
 from adk_sessions.chat import ChatPersistence
+from adk_sessions.dialects.servers import require_version
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 SECRET = "hush-hush"
@@ -396,6 +398,24 @@ async def test_a_server_that_is_too_old(
 ) -> None:
     with aged(fresh_database(kind), disguise) as (place, _):
         says(await met(front(place)), "too old a server", name)
+
+
+@pytest.mark.parametrize(
+    ("version", "too_old"),
+    [
+        *(("5.5.5-10.11.6-MariaDB-1:10.11.6+maria~deb12", False), ("12.0.2-MariaDB", False)),
+        # Enterprise, of whose versions SQLAlchemy takes the last three numbers
+        *(("10.5.9-6-MariaDB-enterprise", False), ("5.5.5-10.6.7-3-MariaDB-enterprise", False)),
+        *(("5.5.68-MariaDB", True), ("5.5.5-10.1.48-MariaDB", True), ("10.0.38-MariaDB", True)),
+        *(("8.0.17", False), ("8.0.36-28.1", False), ("9.1.0-commercial", False)),
+        *(("8.0.16", True), ("5.7.44-log", True)),
+    ],
+)
+def test_a_version_of_mariadb_or_mysql_is_read_as_it_is_meant(version: str, too_old: bool) -> None:
+    dialect: Any = mysql.dialect()
+    dialect._parse_server_version(version)
+    with pytest.raises(DatabaseError) if too_old else nullcontext():
+        require_version(dialect)
 
 
 async def test_the_age_of_a_server_is_no_question_of_its_own(

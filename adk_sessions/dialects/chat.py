@@ -138,7 +138,7 @@ class Chat(Manner):
         statement = (
             update(self.sessions)
             .where(
-                self.is_(self.sessions.c.session_id, "k_session"),
+                self.is_(self.sessions.c.session_id, bindparam("k_session")),
                 self.sessions.c.archived_at.is_not(None),
             )
             .values(archived_at=null(), updated_at=self.given(conn, self.sessions, "updated_at"))
@@ -151,7 +151,9 @@ class Chat(Manner):
         columns = self.sessions.c
         statement = select(*(columns[name] for name in SESSION))
         key = {"k_session": session_id}
-        return conn.execute(statement.where(self.is_(columns.session_id, "k_session")), key).first()
+        return conn.execute(
+            statement.where(self.is_(columns.session_id, bindparam("k_session"))), key
+        ).first()
 
     def list_messages(
         self,
@@ -182,12 +184,12 @@ class Chat(Manner):
     def _list(self, one_session: bool, limited: bool, beyond: bool) -> Any:
         message, session = self.messages.c, self.sessions.c
         statement = select(*(message[name] for name in MESSAGE))
-        statement = statement.where(self.is_(message.thread_id, "k_thread"))
+        statement = statement.where(self.is_(message.thread_id, bindparam("k_thread")))
         if one_session:
-            statement = statement.where(self.is_(message.session_id, "k_session"))
+            statement = statement.where(self.is_(message.session_id, bindparam("k_session")))
         else:
             archived = and_(
-                session.session_id == message.session_id, session.archived_at.is_not(None)
+                self.is_(session.session_id, message.session_id), session.archived_at.is_not(None)
             )
             statement = statement.where(~exists().select_from(self.sessions).where(archived))
         if beyond:
@@ -200,9 +202,9 @@ class Chat(Manner):
 
     # --- what dialects differ in ---------------------------------------------------------------
 
-    def is_(self, key: ColumnElement[Any], name: str) -> ColumnElement[bool]:
-        """Whether a key column holds a parameter."""
-        return key == bindparam(name)
+    def is_(self, key: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[bool]:
+        """Whether a key column holds the id that a parameter or another column does."""
+        return key == value
 
     def given(self, conn: Connection, of: TableClause, name: str) -> ColumnElement[Any]:
         """The parameter for a column."""
@@ -335,9 +337,9 @@ class ChatOnMySQL(Chat):
         super().__init__(messages, sessions, schema)
         self._largest_packet = 0
 
-    def is_(self, key: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+    def is_(self, key: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[bool]:
         # the first finds it by the index, but perhaps in another case, or without accents
-        return and_(key == bindparam(name), _bytes(key) == _bytes(bindparam(name)))
+        return and_(key == value, _bytes(key) == _bytes(value))
 
     def given(self, conn: Connection, of: TableClause, name: str) -> ColumnElement[Any]:
         return bindparam(f"v_{name}")

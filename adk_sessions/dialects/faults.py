@@ -108,6 +108,10 @@ _HINTS: dict[str | int, str] = {
         (2002, 2003), "no server answers there; check host and port, and the way there"
     ),
     1142: "this user lacks a privilege on a table: GRANT it",
+    **dict.fromkeys(
+        ("42P22", 1267),
+        "two columns that are compared have different ones: give them one collation",
+    ),
     1146: _MISSING,
     1054: _MISSING,
     # the one code for all that a statement can get wrong, and ours are not wrong by themselves
@@ -137,6 +141,7 @@ _NAME_HINTS = {
     "FileNotFoundError": "there is no such socket, as while a server restarts, or no such folder",
     "PermissionError": "the file or its folder may not be written",
     "NotADirectoryError": "the folder of the file cannot be made",
+    "UnicodeEncodeError": "its character set lacks a character of this call; give it utf8mb4",
     "TargetServerAttributeNotMatched": (
         "no host can be written to, or is what target_session_attrs asks for"
     ),
@@ -228,6 +233,8 @@ def translate(
 
 def is_database_error(error: BaseException) -> bool:
     """Whether `translate` is meant for this error; others are bugs and go through."""
+    if isinstance(error, UnicodeEncodeError):  # which carries the whole statement
+        return True
     # SQLAlchemy 2.0 lets asyncpg's own errors through when it connects
     return isinstance(
         error, Overtaken | SQLAlchemyError | OSError | TimeoutError | ImportError | sqlite3.Error

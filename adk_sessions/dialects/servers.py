@@ -211,6 +211,8 @@ def require_version(dialect: Dialect) -> None:
     found, oldest = getattr(dialect, "server_version_info", None), _OLDEST.get(name)
     if not found or not oldest or tuple(found) >= oldest:
         return
+    if name == "MariaDB" and found[0] < 10 and tuple(found[:2]) != (5, 5):
+        return  # of Enterprise's 10.6.7-3 SQLAlchemy makes 6.7.3, and so on
     shown, needed = (".".join(map(str, version[:3])) for version in (found, oldest))
     raise DatabaseError(
         f"The server is {name} {shown}, which is too old: {name} {needed} or newer is needed."

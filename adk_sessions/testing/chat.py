@@ -6,7 +6,7 @@ import asyncio
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from pprint import saferepr
 from typing import Any, ClassVar
 
@@ -52,8 +52,20 @@ BAD_IDS = {
     "a number": 1,
     "bytes": b"a",
 }
+
+
+class _Nowhere(tzinfo):
+    """A time zone that does not know its offset, which leaves a time without one."""
+
+    def utcoffset(self, _at: datetime | None) -> None:
+        return None
+
+    dst = tzname = utcoffset
+
+
 BAD_TIMES = {
     "without a time zone": datetime(2026, 1, 2),
+    "in no time zone": datetime(2026, 1, 2, tzinfo=_Nowhere()),
     "too early": datetime(1969, 12, 31, tzinfo=UTC),
     "too late": datetime(9000, 1, 1, tzinfo=UTC),
     "text": "2026-01-02T03:04:05Z",

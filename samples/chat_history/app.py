@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from reply import reply
@@ -71,10 +71,12 @@ async def post_message(thread_id: str, said: Said, request: Request) -> dict[str
     """Answers, and stores what was said with the answer, both or neither."""
     chat: ChatPersistence = request.app.state.chat
     session = await chat.load_session(said.session_id)
-    if session is None:
+    if session is None or not session.thread_id:  # archived before it was saved, it has none
         session = ChatSession(
             session_id=said.session_id, thread_id=thread_id, sdk_version=SDK_VERSION
         )
+    elif session.thread_id != thread_id:
+        raise HTTPException(409, "this session is of another thread")
     history = (await chat.list_messages(thread_id, said.session_id)).items
     own = (said.message_id, f"{said.message_id}-reply")  # there if this is a repetition
     earlier = [message for message in history if message.message_id not in own]
