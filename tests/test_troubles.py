@@ -400,6 +400,15 @@ async def test_a_server_that_is_too_old(
         says(await met(front(place)), "too old a server", name)
 
 
+async def test_what_only_speaks_the_language_may_say_any_version(
+    fresh_database: Callable[[str], str],
+) -> None:
+    with aged(fresh_database("postgresql"), older_postgresql) as (place, _):
+        async with SessionService(place, backend="generic") as service:
+            await service.create_session(app_name="a", user_id="ann", session_id="1")
+            assert await service.get_session(app_name="a", user_id="ann", session_id="1")
+
+
 @pytest.mark.parametrize(
     ("version", "too_old"),
     [

@@ -269,6 +269,7 @@ class ChatOnPostgreSQL(Chat):
     time zone.
     """
 
+    needs_version = True
     autocommit: ClassVar[bool] = True
 
     def columns(self, conn: Connection) -> dict[str, set[str]]:
@@ -332,6 +333,8 @@ class ChatOnSQLite(Chat):
 
 class ChatOnMySQL(Chat):
     """MySQL and MariaDB: as many rows in a statement as the server takes in a packet."""
+
+    needs_version = True
 
     def __init__(self, messages: str, sessions: str, schema: str | None) -> None:
         super().__init__(messages, sessions, schema)

@@ -40,6 +40,13 @@ _TYPES: dict[type, TypeEngine[Any]] = {
     float: sa.Double(),
     bool: sa.Boolean(),
 }
+# What they are when they are read from a table.
+_KINDS: dict[type, type[TypeEngine[Any]]] = {
+    str: sa.String,
+    int: sa.Integer,
+    float: sa.Float,
+    bool: sa.Boolean,
+}
 # Text columns that fit whole into an index of InnoDB.
 _WHOLE = 3
 # Seconds to wait for a lock of ours, and for one of a table. An ALTER that waits makes every reader
@@ -89,9 +96,9 @@ def index_on(table: Table, fields: Mapping[str, bool], *, unique: bool = False) 
         fields = dict.fromkeys(fields, False)
     parts = [f"{key}_desc" if down else key for key, down in fields.items()]
     unique = unique or parts == ["id"]
-    name = short(
-        "_".join([table.name, *parts, *(["unique"] if unique and parts != ["id"] else [])])
-    )
+    last = ["unique"] if unique and parts != ["id"] else []
+    # some databases name tables and indexes alike, and a collection may be called x_id
+    name = short("_".join(["ix", table.name, *parts, *last]))
     known = next((index for index in table.indexes if index.name == name), None)
     columns = [table.c[key].desc() if down else table.c[key] for key, down in fields.items()]
     options = {"unique": unique, "mysql_length": length, "mariadb_length": length}
@@ -114,6 +121,13 @@ def shape_of(conn: Connection, table: Table) -> Shape | None:
         return None
     indexes = inspector.get_indexes(table.name, **where)
     return Shape({c["name"]: c["type"] for c in columns}, {index["name"] for index in indexes})
+
+
+def holds(column: TypeEngine[Any], kind: type) -> bool:
+    """Whether a column of a table is for this kind of scalar."""
+    if isinstance(column, mysql.TINYINT):  # what MySQL makes of a boolean
+        return kind is bool
+    return isinstance(column, _KINDS[kind])
 
 
 def make(conn: Connection, table: Table) -> None:
@@ -173,6 +187,7 @@ class SQLiteDocuments(Documents):
 class PostgreSQLDocuments(Documents):
     """One statement is one round trip. A lock is a transaction's, so a pooler may be between."""
 
+    needs_version = True
     autocommit = True
 
     @contextmanager
@@ -187,6 +202,8 @@ class PostgreSQLDocuments(Documents):
 
 class MySQLDocuments(Documents):
     """MySQL and MariaDB: a lock is a connection's, and held until after the COMMIT."""
+
+    needs_version = True
 
     def commits_each_statement(self, conn: Connection) -> bool:
         # the driver knows, however it was switched on

@@ -14,6 +14,8 @@ class Manner:
     autocommit: ClassVar[bool] = False
     #: BEGIN is a statement of ours: the driver would begin too late, or not at all
     says_begin: ClassVar[bool] = False
+    #: they need a server of a certain age; what only speaks another one's language may say any
+    needs_version: ClassVar[bool] = False
 
     def commits_each_statement(self, conn: Connection) -> bool:
         """Whether the application's engine is in autocommit, where a row lock would not last."""

@@ -92,6 +92,8 @@ class NamedLock(Generic):
 class MySQL(NamedLock):
     """Statements for MySQL 8 and later, and for MariaDB 10.11 and later."""
 
+    needs_version = True
+
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables)
         self._largest_packet: int | None = None

@@ -174,7 +174,7 @@ class Offsets:
         table = self.events.to_metadata(MetaData())
         for name, _ in found:
             conn.execute(DropIndex(Index(name, *(table.c[key] for key in UNIQUE))))
-        name = found[0][0] if found else f"{table.name}_offset"
+        name = found[0][0] if found else f"ix_{table.name}_offset"
         conn.execute(CreateIndex(Index(name, *(table.c[key] for key in UNIQUE), unique=True)))
 
     def _indexes(self, conn: Connection) -> Sequence[tuple[str, bool]]:

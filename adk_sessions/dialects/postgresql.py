@@ -60,6 +60,7 @@ _TICK: ColumnElement[Any] = literal_column("interval '1 microsecond'")
 class PostgreSQL(JsonbColumns):
     """Statements for PostgreSQL 13 and later, with asyncpg or psycopg."""
 
+    needs_version = True
     autocommit: ClassVar[bool] = True
     #: where appends are told to watchers; None to tell nobody
     channel: str | None = None

@@ -117,7 +117,7 @@ class EngineDatabase:
                     await finished(asyncio.ensure_future(_give_back(conn, clock)), wait=True)
 
     def _begin(self, clock: Clock, conn: Connection) -> None:
-        if not self.reached:
+        if not self.reached and self._statements.needs_version:
             require_version(conn.dialect)
         self.reached = True
         clock.start(conn)

@@ -27,7 +27,8 @@ UNFIT: Any = object()
 ORDER = ("creation_utc", "id")
 
 _SCALARS = {str, int, float, bool}
-_NAME = re.compile(r"(?!(?:seq|document)$)[a-z_][a-z0-9_]{0,49}", re.IGNORECASE)
+# No other column is called like one of those that every table has, or that is being filled.
+_NAME = re.compile(r"(?!(?:seq|document|.*__filling)$)[a-z_][a-z0-9_]{0,49}", re.IGNORECASE)
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 # The first text behind all that begin with the mark.
@@ -38,8 +39,9 @@ _INT64 = range(-(2**63), 2**63)
 def kinds_of(schema: type[Any]) -> dict[str, type]:
     """The keys of a TypedDict that get a column, each with its type."""
     kinds: dict[str, type] = {}
-    for key, hint in get_type_hints(schema).items():
-        kind = _kind(hint)
+    hints = get_type_hints(schema)
+    for key in sorted(hints, key=lambda key: key not in (*ORDER, "version")):
+        kind = _kind(hints[key])
         taken = {known.lower() for known in kinds}
         if kind is not None and _NAME.fullmatch(key) and key.lower() not in taken:
             kinds[key] = kind

@@ -25,9 +25,9 @@ _RANGES: dict[str, Callable[[Any, Any], Any]] = {
 }
 _LISTS = ("$in", "$nin")
 _TESTS = {"$eq", "$ne", *_LISTS, *_RANGES}
-# SQLite refuses expressions that are nested deeper than 1000, and drivers 32,767 parameters.
-_BROADEST = 250
-_MOST_VALUES = 20_000
+# SQLite refuses expressions that are nested deeper than 1000, of parentheses fewer than 100, and
+# drivers 32,767 parameters.
+_MOST_TESTS, _MOST_VALUES, _DEEPEST = 250, 20_000, 40
 
 
 class Narrowed(NamedTuple):
@@ -58,7 +58,7 @@ class Filter:
     def __init__(self, columns: Columns, where: Where) -> None:
         self._columns = columns
         self._where = cast("Mapping[str, Any]", where)
-        self._values_left = _MOST_VALUES
+        self._tests_left, self._values_left = _MOST_TESTS, _MOST_VALUES
         _check(self._where)
         self.condition, self.exact, self.equal = self._narrow(self._where)
 
@@ -81,9 +81,10 @@ class Filter:
         unsaid = Narrowed(sa.true(), False)
         kind = self._columns.kinds.get(field)
         values = list(operand) if test in _LISTS else [operand]
-        self._values_left -= len(values)
-        if kind is None or self._values_left < 0:
+        if kind is None or not self._tests_left or len(values) > self._values_left:
             return unsaid
+        self._tests_left -= 1
+        self._values_left -= len(values)
         stored = [self._columns.value(field, value) for value in values]
         if any(value is UNFIT for value in stored):
             return unsaid
@@ -108,19 +109,16 @@ class Filter:
 
 
 def _all(parts: Sequence[Narrowed]) -> Narrowed:
-    said = parts[:_BROADEST]
     return Narrowed(
-        sa.and_(sa.true(), *(part.condition for part in said)),
-        all(part.exact for part in parts) and len(parts) == len(said),
-        frozenset[str]().union(*(part.equal for part in said)),
+        sa.and_(sa.true(), *(part.condition for part in parts)),
+        all(part.exact for part in parts),
+        frozenset[str]().union(*(part.equal for part in parts)),
     )
 
 
 def _any(parts: Sequence[Narrowed]) -> Narrowed:
     if len(parts) == 1:
         return parts[0]
-    if len(parts) > _BROADEST:
-        return Narrowed(sa.true(), False)
     condition = sa.or_(sa.false(), *(part.condition for part in parts))
     return Narrowed(condition, all(part.exact for part in parts))
 
@@ -154,13 +152,13 @@ def _holds(key: str, value: Any, document: Mapping[str, Any]) -> bool:
         return False
 
 
-def _check(where: Any) -> None:
-    if not isinstance(where, Mapping):
-        raise InvalidInputError("a filter is a mapping", field="filters")
+def _check(where: Any, depth: int = 0) -> None:
+    if not isinstance(where, Mapping) or depth > _DEEPEST:
+        raise InvalidInputError("a filter is a mapping, not too deep", field="filters")
     for key, value in where.items():
         if key in _LOGIC and isinstance(value, list | tuple):
             for operand in value:
-                _check(operand)
+                _check(operand, depth + 1)
         elif key in _LOGIC or not isinstance(value, Mapping) or not value.keys() <= _TESTS:
             raise InvalidInputError(f"{key!r} is not followed by what it takes", field="filters")
         elif not all(isinstance(value.get(test, ()), list | tuple | set) for test in _LISTS):

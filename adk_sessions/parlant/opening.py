@@ -23,6 +23,7 @@ from ..dialects.documents import (
     Documents,
     Shape,
     add_column,
+    holds,
     index_on,
     make,
     rename_column,
@@ -30,7 +31,7 @@ from ..dialects.documents import (
     short,
     table_of,
 )
-from ..errors import DatabaseError, SchemaError
+from ..errors import AlreadyExistsError, DatabaseError, SchemaError
 from ..retry import Retry
 from .columns import ORDER, UNFIT, Columns, dump, load
 
@@ -41,8 +42,8 @@ Wanted = tuple[Mapping[str, bool], bool]
 
 logger = logging.getLogger(__name__)
 
-# Documents that are read, loaded and written back at a time.
-_BATCH = 500
+# Documents that are read, loaded and written back at a time, and how often if others change them.
+_BATCH, _ROUNDS = 500, 20
 # Behind the name of a column that is not filled yet.
 _FILLING = "__filling"
 # What is kept of a document that its loader rejects, besides the document.
@@ -118,6 +119,9 @@ async def opened(
 ) -> Opened:
     """Opens a collection, and makes it if it is missing.
 
+    A column is filled once: what processes of an older schema write under a new key afterwards is
+    in the document only, and filters on that key miss it.
+
     Args:
         place: where.
         name: of the table.
@@ -130,11 +134,12 @@ async def opened(
     table = table_of(name, place.schema, kinds)
     _indexes(table, _OWN_INDEXES)
     shape = await place.made(table)
-    # a key that has changed its type is looked for in the documents
+    # a key that has changed its type, or only its case, is looked for in the documents
+    there = {known.lower(): known for known in shape.columns}
     kinds = {
         key: kind
         for key, kind in kinds.items()
-        if key not in shape.columns or isinstance(shape.columns[key], sa.String) == (kind is str)
+        if key.lower() not in there or (key in shape.columns and holds(shape.columns[key], kind))
     }
     new = {key: kind for key, kind in kinds.items() if key not in shape.columns}
     if new and not place.create:
@@ -279,34 +284,60 @@ async def _verdict(columns: Columns, loader: Loader, text: str) -> Verdict:
 async def _bring(
     place: Place, columns: Columns, loader: Loader, rows: Sequence[tuple[int, str]]
 ) -> None:
-    """Takes documents through the loader, and writes them back, or to where rejected ones are."""
-    verdicts = [(seq, text, await _verdict(columns, loader, text)) for seq, text in rows]
+    """Takes documents through the loader, and writes them back, or to where rejected ones are.
+
+    One that somebody changes meanwhile stays as it is then, and is loaded again.
+    """
     table = columns.table
+    for _ in range(_ROUNDS):
+        brought = [(seq, text, await _verdict(columns, loader, text)) for seq, text in rows]
+        try:
+            late = await _write(place, table, brought)
+        except IntegrityError:  # each by itself, to find those whose place is taken
+            late = []
+            for seq, text, verdict in brought:
+                try:
+                    late += await _write(place, table, [(seq, text, verdict)])
+                except IntegrityError:
+                    taken = Verdict(reason=AlreadyExistsError.__name__)
+                    late += await _write(place, table, [(seq, text, taken)])
+        if not late:
+            return
+        again = functools.partial(_rows, table=table, where=table.c.seq.in_(late), last=0)
+        rows = await place.run(again, write=False)
+    logger.warning("%s: documents that change all the time are left as they are", table.fullname)
+
+
+async def _write(
+    place: Place, table: Table, brought: Sequence[tuple[int, str, Verdict]]
+) -> list[int]:
+    """Writes documents that are still what was read; the keys of the others."""
     failed = table_of(short(f"{table.name}_failed_migrations"), place.schema, _FAILED)
-    if any(verdict.reason for *_, verdict in verdicts):
+    if any(verdict.reason for *_, verdict in brought):
         await place.made(failed)
 
-    def write(conn: Connection) -> list[tuple[Any, str]]:
-        moved = []
-        for seq, text, (row, reason) in verdicts:
+    def write(conn: Connection) -> tuple[list[tuple[Any, str]], list[int]]:
+        moved, late = [], []
+        for seq, text, (row, reason) in brought:
             same = (table.c.seq == seq, table.c.document == text)
             if row is not None:
-                conn.execute(sa.update(table).where(*same).values(row))
-            elif reason and conn.execute(sa.delete(table).where(*same)).rowcount:
+                done = conn.execute(sa.update(table).where(*same).values(row)).rowcount
+            else:
+                done = not reason or conn.execute(sa.delete(table).where(*same)).rowcount
+            if not done:
+                late.append(seq)
+            elif reason:
                 kept = _scalars(Columns(failed, _FAILED), text)
                 conn.execute(sa.insert(failed), {**kept, "document": text})
                 moved.append((kept["id"], reason))
-        return moved
+        return moved, late
 
-    try:
-        moved = await place.transact(write)
-    except IntegrityError:
-        raise SchemaError(f"The loader of {table.fullname} gives ids that others have.") from None
+    moved, late = await place.transact(write)
     for id, reason in moved:
         logger.warning(
-            "document %r is rejected, and kept in %s: its loader gave %s",
-            *(id, failed.fullname, reason),
+            "document %r is rejected, and kept in %s: %s", id, failed.fullname, reason
         )
+    return late
 
 
 def _scalars(columns: Columns, text: str) -> dict[str, Any]:
