@@ -25,9 +25,9 @@ _RANGES: dict[str, Callable[[Any, Any], Any]] = {
 }
 _LISTS = ("$in", "$nin")
 _TESTS = {"$eq", "$ne", *_LISTS, *_RANGES}
-# SQLite refuses expressions that are nested deeper than 1000, of parentheses fewer than 100, and
-# drivers 32,767 parameters.
-_MOST_TESTS, _MOST_VALUES, _DEEPEST = 250, 20_000, 40
+# SQLite refuses expressions that are nested deeper than 1000, parentheses from 40 on, and drivers
+# 32,767 parameters. What is deeper is left to Python, which gives up at some hundreds.
+_MOST_TESTS, _MOST_VALUES, _DEEP, _DEEPEST = 250, 20_000, 20, 100
 
 
 class Narrowed(NamedTuple):
@@ -42,6 +42,9 @@ class Narrowed(NamedTuple):
     condition: sa.ColumnElement[bool]
     exact: bool
     equal: frozenset[str] = frozenset()
+
+
+_UNSAID = Narrowed(sa.true(), False)
 
 
 class Filter:
@@ -66,33 +69,36 @@ class Filter:
         """Whether a document is one that is looked for."""
         return self.exact or _matches(self._where, document)
 
-    def _narrow(self, where: Mapping[str, Any]) -> Narrowed:
+    def _narrow(self, where: Mapping[str, Any], depth: int = 0) -> Narrowed:
         parts = []
         for key, value in where.items():
-            if key == "$and":
-                parts.append(_all([self._narrow(each) for each in _joined(value, "$ne", "$nin")]))
+            if key in _LOGIC and depth == _DEEP:
+                parts.append(_UNSAID)
+            elif key == "$and":
+                inner = _joined(value, "$ne", "$nin")
+                parts.append(_all([self._narrow(each, depth + 1) for each in inner]))
             elif key == "$or":
-                parts.append(_any([self._narrow(each) for each in _joined(value, "$eq", "$in")]))
+                inner = _joined(value, "$eq", "$in")
+                parts.append(_any([self._narrow(each, depth + 1) for each in inner]))
             else:
                 parts += [self._test(key, *test) for test in value.items()]
         return _all(parts)
 
     def _test(self, field: str, test: str, operand: Any) -> Narrowed:
-        unsaid = Narrowed(sa.true(), False)
         kind = self._columns.kinds.get(field)
         values = list(operand) if test in _LISTS else [operand]
         if kind is None or not self._tests_left or len(values) > self._values_left:
-            return unsaid
+            return _UNSAID
         self._tests_left -= 1
         self._values_left -= len(values)
         stored = [self._columns.value(field, value) for value in values]
         if any(value is UNFIT for value in stored):
-            return unsaid
+            return _UNSAID
         column: sa.ColumnElement[Any] = self._columns.table.c[field]
         known = [value for value in stored if value is not None]
         if test in _RANGES:
             if kind is bool or not known or is_digest(known[0]):
-                return unsaid
+                return _UNSAID
             found = _RANGES[test](column, known[0])
             if kind is str:
                 return Narrowed(sa.or_(found, holds_digest(column)), False)
@@ -154,7 +160,7 @@ def _holds(key: str, value: Any, document: Mapping[str, Any]) -> bool:
 
 def _check(where: Any, depth: int = 0) -> None:
     if not isinstance(where, Mapping) or depth > _DEEPEST:
-        raise InvalidInputError("a filter is a mapping, not too deep", field="filters")
+        raise InvalidInputError("a filter is a mapping, of at most 100 levels", field="filters")
     for key, value in where.items():
         if key in _LOGIC and isinstance(value, list | tuple):
             for operand in value:

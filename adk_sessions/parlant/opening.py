@@ -334,9 +334,7 @@ async def _write(
 
     moved, late = await place.transact(write)
     for id, reason in moved:
-        logger.warning(
-            "document %r is rejected, and kept in %s: %s", id, failed.fullname, reason
-        )
+        logger.warning("document %r is rejected, and kept in %s: %s", id, failed.fullname, reason)
     return late
 
 
