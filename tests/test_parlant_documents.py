@@ -24,6 +24,7 @@ from parlant.core.persistence.document_database import (
     DocumentDatabase,
     identity_loader_for,
 )
+from proxy import Proxy
 from servers import unique_name
 from sqlalchemy.ext.asyncio import AsyncEngine
 from workers import Crew
@@ -497,6 +498,32 @@ async def test_a_list_of_ids_is_one_condition(things: Any) -> None:
         assert len(str(narrowed.condition)) < 200
 
 
+def nested(depth: int, width: int = 1) -> Any:
+    """A filter that only a number of 1 matches."""
+    where: Any = {"number": {"$eq": 1}}
+    for n in range(depth):
+        if n % 2:
+            where = {"$or": [where, *({"number": {"$gt": 99 + m}} for m in range(width))]}
+        else:
+            where = {"$and": [where, *({"number": {"$lt": 99 + m}} for m in range(width))]}
+    return where
+
+
+@pytest.mark.parametrize("url", SERVERS, indirect=True)
+async def test_a_filter_of_many_levels_is_answered_or_refused(url: str) -> None:
+    async with SQLDocumentDatabase(url, prefix=f"{unique_name()}_") as database:
+        things: Any = await database.create_collection("things", Thing)
+        for n in range(3):
+            await things.insert_one(thing(f"i{n}", number=n))
+        for where in (nested(19), nested(21), nested(100), nested(6, 200)):
+            assert (await things.find_one(where))["id"] == "i1"
+            assert [one["id"] for one in await things.find(where, 5)] == ["i1"]
+        for depth in (101, 5000):
+            with pytest.raises(InvalidInputError) as refused:
+                await things.find(nested(depth))
+            assert refused.value.field == "filters"
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
@@ -563,6 +590,61 @@ async def test_a_document_larger_than_a_packet_is_refused(url: str) -> None:
             await things.update_one({}, {"data": "x" * most})
         assert await things.find_one({}) == thing("a")
         await database.delete_collection("things")
+
+
+@pytest.mark.parametrize("url", ["postgresql", "mariadb"], indirect=True)
+async def test_what_wrote_nothing_is_repeated_however_it_ended(url: str) -> None:
+    address = sa.make_url(url)
+    port = address.port or {"postgresql": 5432}.get(address.get_backend_name(), 3306)
+    async with Proxy(address.host or "127.0.0.1", port) as way:
+        through = address.set(host="127.0.0.1", port=way.port)
+        async with SQLDocumentDatabase(
+            through, prefix=f"{unique_name()}_", pool_size=1
+        ) as database:
+            things: Any = await database.create_collection("things", Thing)
+            for n in range(1, 6):
+                await things.find({})
+                way.cut_exchange(n, lose="request")
+                new = thing(f"i{n}", number=n)
+                await things.update_one({"number": {"$eq": n}}, new, upsert=True)
+            for n in range(1, 4):
+                await things.find({})
+                way.cut_exchange(n, lose="request")
+                assert (await things.delete_one({"id": {"$eq": "?"}})).deleted_count == 0
+            assert (await things.find({})).total_count == 5
+
+
+async def test_an_upsert_leaves_a_hosts_connection_as_it_was(mariadb_url: str) -> None:
+    engine = create_engine(
+        mariadb_url,
+        pool_size=1,
+        max_overflow=0,
+        connect_args={"init_command": "SET lock_wait_timeout = 77"},
+    )
+    async with SQLDocumentDatabase(engine, prefix=f"{unique_name()}_") as database:
+        things: Any = await database.create_collection("things", Thing)
+        assert (await things.update_one({}, thing("a"), upsert=True)).matched_count == 0
+    async with engine.connect() as connection:
+        assert await connection.scalar(sa.text("SELECT @@lock_wait_timeout")) == 77
+    await engine.dispose()
+
+
+async def test_a_schema_is_the_same_whether_it_is_named_or_not(postgres_url: str) -> None:
+    prefix = f"{unique_name()}_"
+    async with (
+        SQLDocumentDatabase(postgres_url, prefix=prefix) as first,
+        SQLDocumentDatabase(postgres_url, prefix=prefix, schema="public") as second,
+    ):
+        both: list[Any] = [await one.create_collection("things", Thing) for one in (first, second)]
+        for n in range(5):
+            key: Any = {"name": {"$eq": f"n{n}"}}
+            added = [
+                one.update_one(key, thing(f"{n}-{m}-{i}", name=f"n{n}"), upsert=True)
+                for m, one in enumerate(both)
+                for i in range(4)
+            ]
+            await asyncio.gather(*added)
+        assert (await both[0].find({})).total_count == 5
 
 
 async def test_a_change_that_raises_changes_nothing(things: Any) -> None:

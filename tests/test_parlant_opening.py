@@ -222,11 +222,18 @@ class Kinds(TypedDict):
     document: str
 
 
+class Clashing(TypedDict):
+    ID: int
+    id: ObjectId
+    a__filling: str
+
+
 def test_a_key_has_a_column_if_it_is_one_scalar() -> None:
     assert kinds_of(Kinds) == {
         **{"id": str, "nested": str, "optional": int, "either": bool, "needed": float},
         **{"maybe": str, "choice": str},
     }
+    assert kinds_of(Clashing) == {"id": str}
     odd = TypedDict("odd", {"a b": int, "x" * 50: int, "y" * 51: int, 'q"': int, "1a": int})  # type: ignore[misc]
     assert kinds_of(odd) == {"x" * 50: int}
 
@@ -373,13 +380,30 @@ async def test_what_others_write_meanwhile_stays(url: str, prefix: str) -> None:
                 return None
             return {**document, "version": "0.2.0"}
 
-        for _ in range(2):
-            opened: Any = await database.get_or_create_collection("things", Thing, load)
+        opened: Any = await database.get_or_create_collection("things", Thing, load)
         found = {one["id"]: one for one in await opened.find({})}
         assert found["i1"]["name"] == "x"
         assert found["i2"]["note"] == "meanwhile"
         assert found["i3"]["note"] == "kept"
-        assert found["i4"]["version"] == "0.2.0"
+        assert {one["version"] for one in found.values()} == {"0.2.0"}
+        assert await kept(things) == []  # i3 was rejected as it was before
+
+
+async def test_a_document_that_changes_all_the_time_does_not_stop_the_start(
+    url: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with SQLDocumentDatabase(url, prefix=prefix) as database:
+        things = await filled(database, [thing("a", data=0), thing("b")])
+
+        async def load(document: Any) -> Any:
+            if document["id"] == "a":
+                change: Any = {"data": document["data"] + 1}
+                await things.update_one({"id": {"$eq": "a"}}, change)
+            return {**document, "version": "0.2.0"}
+
+        await database.get_or_create_collection("things", Thing, load)
+        assert "change all the time" in caplog.text
+        assert [one["version"] for one in await things.find({})] == ["0.1.0", "0.2.0"]
 
 
 async def test_a_loader_that_is_cut_off_goes_on_at_the_next_start(
@@ -406,15 +430,22 @@ async def test_a_loader_that_is_cut_off_goes_on_at_the_next_start(
         assert len(asked) == 1
 
 
-async def test_a_loader_that_gives_an_id_twice_is_an_error(url: str, prefix: str) -> None:
+async def test_a_document_whose_new_id_is_taken_is_kept_apart(
+    url: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
     async def load(document: Any) -> Any:
-        return {**document, "id": "same", "version": "0.2.0"}
+        id = document["id"] if document["id"] == "c" else "same"
+        return {**document, "id": id, "version": "0.2.0"}
 
+    documents = [thing(id, data="hunter2") for id in "abc"]
     async with SQLDocumentDatabase(url, prefix=prefix) as database:
-        things = await filled(database, [thing("a"), thing("b")])
-        with pytest.raises(SchemaError, match="ids"):
-            await database.get_or_create_collection("things", Thing, load)
-        assert [one["id"] for one in await things.find({})] == ["a", "b"]
+        things = await filled(database, documents)
+        await database.get_or_create_collection("things", Thing, load)
+        found = await things.find({"version": {"$eq": "0.2.0"}})
+        assert {one["id"] for one in found} == {"same", "c"}
+        assert [json.loads(text) for *_, text in await kept(things)] == documents[1:2]
+        assert "'b' is rejected" in caplog.text
+        assert "hunter2" not in caplog.text
 
 
 async def test_a_nan_does_not_make_a_document_old(url: str, prefix: str) -> None:
@@ -545,6 +576,75 @@ async def test_a_key_of_another_type_than_before_is_still_found(url: str, prefix
         assert (await things.find_one({"number": {"$eq": "3"}}))["id"] == "i3"
         assert [one["id"] for one in await things.find({"name": {"$gt": 3}}, limit=3)] == ["i4"]
         assert (await things.find({"label": {"$eq": "x"}}, limit=2)).total_count == 5
+
+
+async def test_a_number_of_another_kind_than_before_is_still_found(url: str, prefix: str) -> None:
+    class Other(TypedDict, total=False):
+        id: ObjectId
+        creation_utc: str
+        version: Version.String
+        number: float
+        ratio: int
+        flag: int
+        Name: str
+
+    documents: list[Any] = [
+        {**thing("a"), "number": 1.5, "ratio": 2**53 + 1, "flag": 7, "Name": "x"},
+        {**thing("b"), "number": 2, "ratio": 2**53, "flag": 1, "Name": "y"},
+    ]
+    async with SQLDocumentDatabase(url, prefix=prefix) as database:
+        await database.create_collection("things", Thing)
+        other: Any = await database.get_or_create_collection("things", Other, same)
+        for document in documents:
+            await other.insert_one(document)
+        for where in (
+            {"number": {"$lt": 2}},
+            {"ratio": {"$gt": 2**53}},
+            {"flag": {"$eq": 7}},
+            {"Name": {"$eq": "x"}},
+        ):
+            assert [one["id"] for one in await other.find(where, limit=5)] == ["a"]
+
+
+async def test_documents_from_before_there_were_times_have_pages(url: str, prefix: str) -> None:
+    class Bare(TypedDict, total=False):
+        id: ObjectId
+        number: int
+
+    class Timed(Bare, total=False):
+        creation_utc: str
+
+    async with SQLDocumentDatabase(url, prefix=prefix) as database:
+        bare: Any = await database.create_collection("things", Bare)  # type: ignore[type-var]
+        for n in range(3):
+            await bare.insert_one({"id": f"i{n}", "number": n})
+        timed: Any = await database.get_or_create_collection("things", Timed, same)
+        seen, cursor = [], None
+        while not seen or cursor:
+            page = await timed.find({}, 1, cursor)
+            seen += [one["id"] for one in page]
+            cursor = page.next_cursor
+        assert seen == ["i0", "i1", "i2"]
+
+
+async def test_a_collection_may_be_called_as_an_index_of_another(url: str, prefix: str) -> None:
+    async with SQLDocumentDatabase(url, prefix=prefix) as database:
+        for name in ("agent", "agent_id", "agent_version", "agent_creation_utc_id"):
+            agents: Any = await database.get_or_create_collection(name, Thing, same)
+            await agents.insert_one(thing(name))
+            assert (await agents.find({}, 1)).total_count == 1
+
+
+async def test_stores_may_begin_in_a_new_schema_at_once(
+    fresh_database: Callable[[str], str],
+) -> None:
+    url = fresh_database("postgresql")
+
+    async def begin(prefix: str) -> None:
+        async with SQLDocumentDatabase(url, prefix=prefix, schema="new") as database:
+            await database.get_or_create_collection("things", Thing, same)
+
+    await asyncio.gather(*(begin(f"p{n}_") for n in range(8)))
 
 
 async def test_an_index_that_cannot_be_unique_is_told_of(url: str, prefix: str) -> None:

@@ -486,7 +486,18 @@ async def test_a_bad_url_or_option_is_refused_without_its_password() -> None:
     for place, options in (
         ("nonsense", {}),
         ("postgresql+psycopg2://ann:secret@host/db", {}),
-        ("postgresql://ann:secret@host/db", {"pooler": "session"}),
+        *(
+            ("postgresql://ann:secret@host/db", {option: value})
+            for option, value in (
+                ("pooler", "session"),
+                ("migrate", "off"),
+                ("create", "no"),
+                ("retry_window", "soon"),
+                ("schema", 5),
+                ("schema", ""),
+                ("prefix", "x"),
+            )
+        ),
     ):
         with pytest.raises(ConfigurationError) as caught:
             async with parlant_stores(place, **cast(Any, options)):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import sqlalchemy as sa
 from sqlalchemy import Connection, Table
 from sqlalchemy.dialects import mysql
-from sqlalchemy.exc import NoSuchTableError
+from sqlalchemy.exc import IntegrityError, NoSuchTableError
 from sqlalchemy.schema import CreateColumn, CreateSchema
 from sqlalchemy.types import TypeEngine
 
@@ -133,7 +133,10 @@ def holds(column: TypeEngine[Any], kind: type) -> bool:
 def make(conn: Connection, table: Table) -> None:
     """Makes a table with its indexes, and its schema, unless they are there."""
     if table.schema is not None and not sa.inspect(conn).has_schema(table.schema):
-        conn.execute(CreateSchema(table.schema, if_not_exists=True))
+        try:
+            conn.execute(CreateSchema(table.schema, if_not_exists=True))
+        except IntegrityError:  # two do that at once, which PostgreSQL does not foresee
+            raise Overtaken from None
     table.create(conn, checkfirst=True)
 
 
@@ -192,8 +195,11 @@ class PostgreSQLDocuments(Documents):
 
     @contextmanager
     def locked(self, conn: Connection, table: Table) -> Iterator[None]:
-        digest = hashlib.sha256(f"adk_sessions {table.fullname}".encode()).digest()
-        key = int.from_bytes(digest[:8], signed=True)
+        # the connection's own schema may also be the one that somebody names
+        own = sa.func.coalesce(sa.func.current_schema(type_=sa.Text), "")
+        schema = own if table.schema is None else sa.literal(table.schema, sa.Text())
+        name = schema + f".{table.name} of adk_sessions"
+        key = sa.func.hashtextextended(name, sa.literal_column("0"))
         with self.transaction(conn):
             conn.execute(sa.select(sa.func.pg_advisory_xact_lock(key)))
             conn.exec_driver_sql(f"SET LOCAL lock_timeout = '{_TABLE_WAIT}s'")
@@ -224,9 +230,10 @@ class MySQLDocuments(Documents):
         name = sa.func.concat(
             "adk_sessions.", sa.func.sha1(sa.func.concat(database, ".", table.name))
         )
-        held = conn.scalar(sa.select(sa.func.get_lock(name, _WAIT))) == 1
+        timeout = sa.literal_column("@@lock_wait_timeout", sa.Integer())
+        held, usual = conn.execute(sa.select(sa.func.get_lock(name, _WAIT), timeout)).one()
         conn.rollback()
-        if not held:
+        if held != 1:
             raise Overtaken
         try:
             conn.exec_driver_sql(f"SET SESSION lock_wait_timeout = {_TABLE_WAIT}")
@@ -235,7 +242,7 @@ class MySQLDocuments(Documents):
                 yield
         finally:
             if not conn.invalidated:
-                conn.exec_driver_sql("SET SESSION lock_wait_timeout = DEFAULT")
+                conn.exec_driver_sql(f"SET SESSION lock_wait_timeout = {usual}")
                 conn.execute(sa.select(sa.func.release_lock(name)))
                 conn.rollback()
 
@@ -259,8 +266,10 @@ def documents_for(name: str, schema: str | None = None) -> Documents:
     """What a dialect does about documents.
 
     Raises:
-        ConfigurationError: the database has no schemas.
+        ConfigurationError: the database has no schemas, or none can be called so.
     """
+    if schema is not None and (not isinstance(schema, str) or not schema or "\0" in schema):
+        raise ConfigurationError("schema must be a name, or None")
     if name == "sqlite" and schema is not None:
         raise ConfigurationError("SQLite has no schemas: prefix= keeps collections apart")
     return _DOCUMENTS.get(name, Documents)()

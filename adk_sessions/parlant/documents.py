@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Self, TypeVar, cast, get_type_hints
 
 import sqlalchemy as sa
@@ -33,7 +34,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from ..dialects.connecting import connect_engine, connect_url
 from ..dialects.documents import documents_for, short, table_of
 from ..dialects.faults import Overtaken
-from ..errors import AlreadyExistsError, InvalidInputError
+from ..errors import AlreadyExistsError, ConfigurationError, InvalidInputError
 from ..retry import WINDOW, Retry
 from . import opening
 from .columns import ORDER, Columns, is_digest, kinds_of, load
@@ -81,6 +82,10 @@ class SQLDocumentDatabase(DocumentDatabase):
         retry_window: float = WINDOW,
         **options: Any,
     ) -> None:
+        if not isinstance(retry_window, int | float) or not retry_window >= 0:
+            raise ConfigurationError("retry_window must be seconds, 0 or more")
+        if not isinstance(create, bool):
+            raise ConfigurationError("create must be True or False")
         if isinstance(place, AsyncEngine):
             database, statements = connect_engine(
                 place, lambda name: documents_for(name, schema), **options
@@ -181,6 +186,10 @@ class _Found(NamedTuple):
     document: dict[str, Any]
 
 
+class _NoneMatches(Exception):
+    """There is nothing to be written."""
+
+
 class SQLDocumentCollection(DocumentCollection[TDocument]):
     """A table of documents.
 
@@ -279,11 +288,11 @@ class SQLDocumentCollection(DocumentCollection[TDocument]):
         return None if first is None else cast(TDocument, first.document)
 
     async def _all(self, wanted: Filter) -> list[dict[str, Any]]:
-        every = sa.select(self.table.c.document).where(wanted.condition)
-        texts = await self.run(
-            lambda conn: conn.scalars(every.order_by(self.table.c.seq)).all(), write=False
-        )
-        return [document for document in map(load, texts) if wanted.matches(document)]
+        every = sa.select(self.table.c.seq, self.table.c.document).where(wanted.condition)
+        # an ORDER BY would tempt a planner to go along the key
+        rows = sorted(await self.run(lambda conn: conn.execute(every).all(), write=False))
+        documents = [load(text) for _, text in rows]
+        return [document for document in documents if wanted.matches(document)]
 
     def _candidates(self, conn: Connection, wanted: Filter) -> Iterator[_Found]:
         """Documents that match, in the order of insertion."""
@@ -366,14 +375,14 @@ class SQLDocumentCollection(DocumentCollection[TDocument]):
         """Deletes the first document that matches."""
         wanted = Filter(self._columns, filters)
 
-        def work(conn: Connection) -> dict[str, Any] | None:
+        def work(conn: Connection) -> dict[str, Any]:
             found = self._hold(conn, wanted)
-            if found is None:
-                return None
             conn.execute(sa.delete(self.table).where(self.table.c.seq == found.seq))
             return found.document
 
-        deleted = await self.run_once(work)
+        deleted = None
+        with suppress(_NoneMatches):
+            deleted = await self.run_once(work)
         return DeleteResult(True, int(deleted is not None), cast("TDocument | None", deleted))
 
     async def ensure_indexes(self, indexes: Sequence[CollectionIndex]) -> None:
@@ -394,10 +403,8 @@ class SQLDocumentCollection(DocumentCollection[TDocument]):
         """
         wanted = Filter(self._columns, filters)
 
-        def work(conn: Connection) -> TDocument | None:
+        def work(conn: Connection) -> TDocument:
             found = self._hold(conn, wanted)
-            if found is None:
-                return None
             id = found.document.get("id")
             document = change(found.document)
             row = self.row(document)
@@ -407,17 +414,20 @@ class SQLDocumentCollection(DocumentCollection[TDocument]):
             conn.execute(sa.update(self.table).where(self.table.c.seq == found.seq).values(row))
             return self.load(row["document"])
 
-        return await self._unless_taken(lambda: self.run_once(work))
+        with suppress(_NoneMatches):
+            return await self._unless_taken(lambda: self.run_once(work))
+        return None
 
-    def _hold(self, conn: Connection, wanted: Filter) -> _Found | None:
+    def _hold(self, conn: Connection, wanted: Filter) -> _Found:
         """The first match, locked.
 
         Raises:
+            _NoneMatches: so that nothing is committed, and no answer to a COMMIT can be lost.
             Overtaken: somebody has just changed or deleted what seemed to be it.
         """
         found = next(self._candidates(conn, wanted), None)
         if found is None:
-            return None
+            raise _NoneMatches
         same = sa.and_(wanted.condition, self.table.c.seq == found.seq)
         text = conn.scalar(sa.select(self.table.c.document).where(same).with_for_update())
         if text is None or not wanted.matches(document := load(text)):

@@ -44,7 +44,8 @@ class Narrowed(NamedTuple):
     equal: frozenset[str] = frozenset()
 
 
-_UNSAID = Narrowed(sa.true(), False)
+_TRUE = sa.true()
+_UNSAID = Narrowed(_TRUE, False)
 
 
 class Filter:
@@ -115,8 +116,9 @@ class Filter:
 
 
 def _all(parts: Sequence[Narrowed]) -> Narrowed:
+    said = [part.condition for part in parts if part.condition is not _TRUE]
     return Narrowed(
-        sa.and_(sa.true(), *(part.condition for part in parts)),
+        sa.and_(*said) if said else _TRUE,
         all(part.exact for part in parts),
         frozenset[str]().union(*(part.equal for part in parts)),
     )
@@ -125,7 +127,9 @@ def _all(parts: Sequence[Narrowed]) -> Narrowed:
 def _any(parts: Sequence[Narrowed]) -> Narrowed:
     if len(parts) == 1:
         return parts[0]
-    condition = sa.or_(sa.false(), *(part.condition for part in parts))
+    said = [part.condition for part in parts]
+    everything = any(condition is _TRUE for condition in said)
+    condition = _TRUE if everything else sa.or_(sa.false(), *said)
     return Narrowed(condition, all(part.exact for part in parts))
 
 

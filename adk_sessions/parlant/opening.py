@@ -119,8 +119,8 @@ async def opened(
 ) -> Opened:
     """Opens a collection, and makes it if it is missing.
 
-    A column is filled once: what processes of an older schema write under a new key afterwards is
-    in the document only, and filters on that key miss it.
+    A column is filled once: what processes of another schema write afterwards under a key that has
+    no column for them, or one of another type, is in the document only, and filters miss it here.
 
     Args:
         place: where.
@@ -203,6 +203,8 @@ def _add(columns: Columns, key: str, last: int, conn: Connection) -> int | None:
     target = table_of(table.name, table.schema, {name: kind})
     for seq, text in rows:
         value = _scalars(Columns(table, {key: kind}), text)[key]
+        if value is None and key == ORDER[0]:  # a page is what comes after one
+            value = ""
         if value is not None:
             conn.execute(sa.update(target).where(target.c.seq == seq).values({name: value}))
     if rows:

@@ -14,6 +14,7 @@ from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from ..dialects.durable import check_durable
+from ..errors import ConfigurationError
 from .customers import SQLCustomerStore
 from .documents import SQLDocumentDatabase
 from .sessions import SQLSessionStore
@@ -56,6 +57,10 @@ async def parlant_stores(
         DatabaseError: the database cannot be reached, or refuses a statement.
     """
     check_durable(url)
+    if not isinstance(migrate, bool):
+        raise ConfigurationError("migrate must be True or False")
+    if "prefix" in options:
+        raise ConfigurationError("prefix= is for SQLDocumentDatabase: each store here has its own")
     async with (
         SQLDocumentDatabase(url, prefix="parlant_sessions_", schema=schema, **options) as database,
         SQLSessionStore(database, migrate) as sessions,
