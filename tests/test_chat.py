@@ -1134,6 +1134,24 @@ async def test_what_the_connection_cannot_say_is_refused(
         assert [m.parts for m in (await chat.list_messages(thread)).items] == [["日"]]
 
 
+async def test_a_batch_in_several_statements_is_one_transaction_though_the_server_commits_each(
+    shared: Callable[[str], Tables], thread: str
+) -> None:
+    batch = [message(thread, f"m{n:03}") for n in range(300)]
+    too_long = message(thread, "m999", role="r" * 255)
+    tables = shared("mariadb")
+    async with tables.engine(connect_args={"autocommit": True}) as engine:
+        async with engine.begin() as conn:
+            await conn.exec_driver_sql(f"CREATE TABLE {thread} LIKE {tables.names['messages']}")
+            await conn.exec_driver_sql(f"ALTER TABLE {thread} MODIFY role VARCHAR(20) NOT NULL")
+        chat = ChatPersistence(engine, tables={**tables.names, "messages": thread})
+        with pytest.raises(DatabaseError):
+            await chat.save_messages([*batch, too_long])
+        assert (await chat.list_messages(thread)).items == []
+        await chat.save_messages(batch)
+        assert len((await chat.list_messages(thread)).items) == 300
+
+
 async def test_more_than_a_packet_is_sent_in_several_and_one_too_large_is_refused(
     shared: Callable[[str], Tables], thread: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,10 +42,11 @@ from sqlalchemy.exc import DBAPIError, NoSuchTableError
 from sqlalchemy.types import TypeEngine
 
 from .. import codec
-from ..errors import AlreadyExistsError, InvalidInputError
+from ..errors import AlreadyExistsError
 from .chat_columns import as_text, ascii_only, naive
 from .faults import code_of
 from .manner import Manner
+from .packets import MySQLManner, escaped_size
 from .types import MYSQL_FAMILY
 
 MESSAGE = ("thread_id", "message_id", "session_id", "user_id", "role", "created_at", "parts_json")
@@ -68,8 +69,8 @@ TAKEN = (
     " its collation takes two ids for the same (as by case)."
 )
 
-# What a statement is long besides its rows, and what a row is besides its texts.
-_STATEMENT, _OTHER = 16_384, 256
+# What a row is long besides its texts.
+_OTHER = 256
 # Rows of one statement where each has parameters of its own: to compile it holds up the event loop.
 _ROWS = 250
 _OUT_OF_RANGE = 1690
@@ -331,14 +332,8 @@ class ChatOnSQLite(Chat):
         conn.execute(statement, [self.parameters(conn, into, row) for row in rows])
 
 
-class ChatOnMySQL(Chat):
+class ChatOnMySQL(MySQLManner, Chat):
     """MySQL and MariaDB: as many rows in a statement as the server takes in a packet."""
-
-    needs_version = True
-
-    def __init__(self, messages: str, sessions: str, schema: str | None) -> None:
-        super().__init__(messages, sessions, schema)
-        self._largest_packet = 0
 
     def is_(self, key: ColumnElement[Any], value: ColumnElement[Any]) -> ColumnElement[bool]:
         # the first finds it by the index, but perhaps in another case, or without accents
@@ -376,23 +371,17 @@ class ChatOnMySQL(Chat):
 
     def _parts(self, conn: Connection, rows: list[Values]) -> Iterator[list[Values]]:
         """Rows in statements that the server takes."""
-        if not self._largest_packet:
-            size = conn.execute(text("SELECT @@max_allowed_packet")).scalar_one()
-            self._largest_packet = int(size)
-        limit = self._largest_packet - _STATEMENT
+        limit = self.room(conn)
         part: list[Values] = []
         total = 0
         for row in rows:
-            sizes = {name: _size(value) for name, value in row.items() if isinstance(value, str)}
+            sizes = {
+                name: escaped_size(value) for name, value in row.items() if isinstance(value, str)
+            }
             size = sum(sizes.values()) + _OTHER
             if size > limit:
-                # the server would answer by closing the connection, as if it had broken
                 field = max(sizes, key=lambda name: sizes[name]).removesuffix("_json")
-                raise InvalidInputError(
-                    f"{field} takes {size} bytes; the server's max_allowed_packet is"
-                    f" {self._largest_packet}",
-                    field=field,
-                )
+                raise self.too_large(field, size)
             if part and (total + size > limit or len(part) == _ROWS):
                 yield part
                 part, total = [], 0
@@ -455,7 +444,3 @@ def _plain(row: Row) -> Values:
         name: ascii_only(value) if name in _JSON and value else naive(value)
         for name, value in row.items()
     }
-
-
-def _size(written: str) -> int:
-    return len(written.encode()) + sum(map(written.count, "\"'\\\n\r"))

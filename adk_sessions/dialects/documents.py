@@ -17,10 +17,11 @@ from sqlalchemy.exc import IntegrityError, NoSuchTableError
 from sqlalchemy.schema import CreateColumn, CreateSchema
 from sqlalchemy.types import TypeEngine
 
-from ..errors import ConfigurationError, InvalidInputError
+from ..errors import ConfigurationError
 from .faults import Overtaken
 from .lanes import transaction
 from .manner import Manner
+from .packets import MySQLManner
 from .types import MYSQL_FAMILY, KeyText
 
 #: characters that a text column holds, and the bytes of which four fit an index of PostgreSQL's
@@ -52,8 +53,8 @@ _WHOLE = 3
 # Seconds to wait for a lock of ours, and for one of a table. An ALTER that waits makes every reader
 # of the table wait behind it: it gives up soon, and is tried again.
 _WAIT, _TABLE_WAIT = 10, 2
-# What a statement is long besides its document, and from when on that is worth a question.
-_STATEMENT, _LARGE = 65_536, 500_000
+# Characters from which on a document may be too much for a server.
+_LARGE = 250_000
 
 
 def short(name: str) -> str:
@@ -170,8 +171,8 @@ class Documents(Manner):
         """A transaction beside which no other one of this method runs for the same table."""
         return self.transaction(conn)
 
-    def check_size(self, conn: Connection, size: int) -> None:
-        """Refuses a document that the server would answer by closing the connection.
+    def check_size(self, conn: Connection, field: str, *texts: str) -> None:
+        """Refuses what the server would answer by closing the connection.
 
         Raises:
             InvalidInputError: it is too large.
@@ -206,14 +207,8 @@ class PostgreSQLDocuments(Documents):
             yield
 
 
-class MySQLDocuments(Documents):
+class MySQLDocuments(MySQLManner, Documents):
     """MySQL and MariaDB: a lock is a connection's, and held until after the COMMIT."""
-
-    needs_version = True
-
-    def commits_each_statement(self, conn: Connection) -> bool:
-        # the driver knows, however it was switched on
-        return bool(conn.connection.driver_connection.get_autocommit())  # type: ignore[union-attr]
 
     @contextmanager
     def transaction(self, conn: Connection) -> Iterator[None]:
@@ -246,13 +241,10 @@ class MySQLDocuments(Documents):
                 conn.execute(sa.select(sa.func.release_lock(name)))
                 conn.rollback()
 
-    def check_size(self, conn: Connection, size: int) -> None:
-        most = conn.scalar(sa.text("SELECT @@max_allowed_packet")) if size > _LARGE else None
-        if most is not None and size + _STATEMENT > most:
-            raise InvalidInputError(
-                f"document takes {size} bytes; the server's max_allowed_packet is {most}",
-                field="document",
-            )
+    def check_size(self, conn: Connection, field: str, *texts: str) -> None:
+        # the server need not be asked about what any takes
+        if sum(map(len, texts)) > _LARGE:
+            super().check_size(conn, field, *texts)
 
 
 _DOCUMENTS: dict[str, type[Documents]] = {

@@ -29,14 +29,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects.mysql import insert as upsert
 
 from .. import codec
-from ..errors import InvalidInputError
 from .base import Generic
+from .packets import STATEMENT, MySQLManner, escaped_size
 from .reads import Tables
 from .rows import Deltas, Key, NewEvent, Revisions, States
 from .types import Timestamp
 
-# What a statement is long besides its payload: key columns, names, the packet's header.
-_STATEMENT = 16_384
 # What drivers put into one INSERT of many rows, at the most.
 _MANY_ROWS = 1_024_000
 
@@ -89,14 +87,11 @@ class NamedLock(Generic):
                 conn.commit()
 
 
-class MySQL(NamedLock):
+class MySQL(MySQLManner, NamedLock):
     """Statements for MySQL 8 and later, and for MariaDB 10.11 and later."""
-
-    needs_version = True
 
     def __init__(self, tables: Tables) -> None:
         super().__init__(tables)
-        self._largest_packet: int | None = None
         # the wider scopes, in the order of their locks
         self._scopes = {"app": tables.app_states, "user": tables.user_states}
         self._holds: dict[frozenset[str], Any] = {}
@@ -224,7 +219,7 @@ class MySQL(NamedLock):
                 parameters[f"v_{name}"] = merged[name]
                 parameters[f"v_{name}_time"] = max(now, getattr(row, f"{name}_time", now))
         together = [frozenset(merged)]
-        if len(merged) > 1 and self._is_too_large(_size(*merged.values())):
+        if len(merged) > 1 and self._is_too_large(escaped_size(*merged.values())):
             together = [frozenset({name}) for name in merged]
         for names in together:
             self._update(conn, self._writing(names), parameters)
@@ -259,37 +254,10 @@ class MySQL(NamedLock):
         statement = self.insert_scope(upsert(table), table)
         conn.execute(statement.on_duplicate_key_update(app_name=table.c.app_name), parameters)
 
-    def check_size(self, conn: Connection, field: str, *texts: str) -> None:
-        """Refuses what is larger than the server's max_allowed_packet.
-
-        The server answers an oversized packet by closing the connection, which cannot be told from
-        a fault that is worth a retry. So it is asked, once, and the text measured as the driver
-        will escape it.
-        """
-        if self._largest_packet is None:
-            self._largest_packet = int(
-                conn.execute(text("SELECT @@max_allowed_packet")).scalar_one()
-            )
-        size = _size(*texts)
-        if self._is_too_large(size):
-            raise InvalidInputError(
-                f"{field} takes {size} bytes; the server's max_allowed_packet is"
-                f" {self._largest_packet}",
-                field=field,
-            )
-
     def _is_too_large(self, size: int) -> bool:
-        return size + _STATEMENT > (self._largest_packet or 0)
-
-    def commits_each_statement(self, conn: Connection) -> bool:
-        # the driver knows, however it was switched on
-        return bool(conn.connection.driver_connection.get_autocommit())  # type: ignore[union-attr]
+        return size + STATEMENT > (self._largest_packet or 0)
 
 
 def _named(deltas: Deltas) -> frozenset[str]:
     """The scopes that deltas name."""
     return frozenset(name for name, delta in deltas._asdict().items() if delta is not None)
-
-
-def _size(*texts: str) -> int:
-    return sum(len(part.encode()) + sum(map(part.count, "\"'\\\n\r")) for part in texts)

@@ -209,6 +209,8 @@ def require_version(dialect: Dialect) -> None:
     if dialect.name in MYSQL_FAMILY:
         name = "MariaDB" if getattr(dialect, "is_mariadb", False) else "MySQL"
     found, oldest = getattr(dialect, "server_version_info", None), _OLDEST.get(name)
+    if found and tuple(found[:3]) == (5, 5, 5) and len(found) > 3:
+        found = found[3:]  # SQLAlchemy 2.0 leaves what MariaDB puts before its own for old replicas
     if not found or not oldest or tuple(found) >= oldest:
         return
     if name == "MariaDB" and found[0] < 10 and tuple(found[:2]) != (5, 5):

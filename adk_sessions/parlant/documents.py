@@ -410,7 +410,7 @@ class SQLDocumentCollection(DocumentCollection[TDocument]):
             row = self.row(document)
             if row["id"] != id:
                 row = self._with_own_id(conn, document, row)
-            self._place.statements.check_size(conn, len(row["document"]))
+            self._place.statements.check_size(conn, "document", row["document"])
             conn.execute(sa.update(self.table).where(self.table.c.seq == found.seq).values(row))
             return self.load(row["document"])
 
@@ -435,7 +435,7 @@ class SQLDocumentCollection(DocumentCollection[TDocument]):
         return _Found(found.seq, document)
 
     def _insert(self, conn: Connection, row: dict[str, Any]) -> None:
-        self._place.statements.check_size(conn, len(row["document"]))
+        self._place.statements.check_size(conn, "document", row["document"])
         conn.execute(sa.insert(self.table), row)
 
     def _with_own_id(

@@ -289,7 +289,7 @@ class SQLSessionStore(SessionDocumentStore):
 
     async def _place(self, row: Mapping[str, Any]) -> Placed:
         def work(conn: Connection) -> Placed:
-            self._events._place.statements.check_size(conn, len(row["document"]))
+            self._events._place.statements.check_size(conn, "document", row["document"])
             return self._offsets.place(conn, row)
 
         try:
