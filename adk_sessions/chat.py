@@ -162,8 +162,6 @@ class ChatPersistence:
             raise ConfigurationError("engine must be an AsyncEngine")
         if backend not in ("auto", "generic"):
             raise ConfigurationError("backend must be 'auto' or 'generic'")
-        if not isinstance(retry_window, int | float) or not retry_window >= 0:
-            raise ConfigurationError("retry_window must be seconds, 0 or more")
         # SQLAlchemy itself looks there for Table objects alone
         schemas = engine.sync_engine.get_execution_options().get("schema_translate_map") or {}
         where: dict[str, Any] = {**_names(tables, schema), "schema": schemas.get(schema, schema)}

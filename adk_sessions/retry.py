@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 from . import telemetry
 from .dialects import Database
 from .dialects.faults import Fault, Undecided, classify, is_database_error, translate
-from .errors import SessionStoreError
+from .errors import ConfigurationError, SessionStoreError
 
 T = TypeVar("T")
 
@@ -51,9 +51,14 @@ class Retry:
     Args:
         window: seconds in which a call may be repeated; 0 never repeats.
         reached: says whether there was a connection.
+
+    Raises:
+        ConfigurationError: that is no window; a service passes on its ``retry_window`` as it came.
     """
 
     def __init__(self, window: float = WINDOW, reached: Callable[[], bool] = lambda: False) -> None:
+        if not isinstance(window, int | float) or not window >= 0:
+            raise ConfigurationError("retry_window must be seconds, 0 or more")
         self.window = window
         self._reached = reached
 

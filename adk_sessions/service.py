@@ -153,8 +153,6 @@ class Store(
             raise errors.ConfigurationError(
                 "Subclass Store and set session_type, event_type and list_type."
             )
-        if not isinstance(retry_window, int | float) or not retry_window >= 0:
-            raise errors.ConfigurationError("retry_window must be seconds, 0 or more")
         if backend not in ("auto", "generic"):
             raise errors.ConfigurationError("backend must be 'auto' or 'generic'")
         if not isinstance(url, str | URL | None) or not isinstance(engine, AsyncEngine | None):

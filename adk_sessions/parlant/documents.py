@@ -82,8 +82,6 @@ class SQLDocumentDatabase(DocumentDatabase):
         retry_window: float = WINDOW,
         **options: Any,
     ) -> None:
-        if not isinstance(retry_window, int | float) or not retry_window >= 0:
-            raise ConfigurationError("retry_window must be seconds, 0 or more")
         if not isinstance(create, bool):
             raise ConfigurationError("create must be True or False")
         if isinstance(place, AsyncEngine):
