@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from .errors import ConfigurationError
 
-__all__ = ["Target", "create_engine", "redact", "resolve"]
+__all__ = ["Target", "create_engine", "is_in_memory", "redact", "resolve"]
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +179,12 @@ def redact(db_url: str | URL) -> str:
     except Exception:
         return _UNPARSEABLE
     return f"{bare}?{query}" if query else bare
+
+
+def is_in_memory(url: URL) -> bool:
+    """Whether an SQLite URL names no file, so that the data is gone when the connection is."""
+    database = url.database or ""
+    return not database or ":memory:" in database or url.query.get("mode") == "memory"
 
 
 def create_engine(db_url: str | URL, **options: Any) -> AsyncEngine:

@@ -8,7 +8,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -463,25 +463,34 @@ async def test_a_session_deleted_under_its_writers_leaves_no_event(
 # --- lost connections ----------------------------------------------------------------------------
 
 
+@asynccontextmanager
+async def by_proxy(
+    database_url: str, prefix: str
+) -> AsyncIterator[tuple[str, Proxy, SQLSessionStore]]:
+    """The kind of a database, a proxy to it, and a store that goes through that."""
+    target = make_url(database_url)
+    kind = target.get_backend_name()
+    async with Proxy(target.host or "", target.port or SERVERS[kind]) as proxy:
+        through = target.set(host="127.0.0.1", port=proxy.port)
+        async with session_store(through, prefix) as store:
+            yield kind, proxy, store
+
+
 @on_servers
 @pytest.mark.parametrize("lose", ["request", "reply"])
 async def test_an_event_whose_connection_is_cut_is_stored_once(
     database_url: str, prefix: str, lose: Any
 ) -> None:
-    target = make_url(database_url)
-    port = target.port or SERVERS[target.get_backend_name()]
-    async with Proxy(target.host or "", port) as proxy:
-        through = target.set(host="127.0.0.1", port=proxy.port)
-        async with session_store(through, prefix) as store:
-            session = await new_session(store)
-            markers = ["the event"] if target.get_backend_name() == "postgresql" else []
-            for n, marker in enumerate(markers or ["the event", "COMMIT"]):
-                proxy.cut(marker, lose=lose)
-                event = await say(store, session, f"the event {n}")
-                assert proxy.fired == n + 1
-                assert event.offset == n
-            assert (await say(store, session, "and on")).offset == proxy.fired
-            stored = await said(store, session)
+    async with by_proxy(database_url, prefix) as (kind, proxy, store):
+        session = await new_session(store)
+        markers = ["the event"] if kind == "postgresql" else []
+        for n, marker in enumerate(markers or ["the event", "COMMIT"]):
+            proxy.cut(marker, lose=lose)
+            event = await say(store, session, f"the event {n}")
+            assert proxy.fired == n + 1
+            assert event.offset == n
+        assert (await say(store, session, "and on")).offset == proxy.fired
+        stored = await said(store, session)
     assert stored == [*((n, f"the event {n}") for n in range(proxy.fired)), (proxy.fired, "and on")]
 
 
@@ -490,34 +499,26 @@ async def test_an_event_whose_connection_is_cut_is_stored_once(
 async def test_a_change_whose_commit_is_cut_off_is_made(
     database_url: str, prefix: str, lose: Any
 ) -> None:
-    target = make_url(database_url)
-    port = target.port or SERVERS[target.get_backend_name()]
-    async with Proxy(target.host or "", port) as proxy:
-        through = target.set(host="127.0.0.1", port=proxy.port)
-        async with session_store(through, prefix) as store:
-            session = await new_session(store, metadata={"a": 1})
-            proxy.cut(COMMITS[target.get_backend_name()], lose=lose)
-            changed = await store.set_metadata(session, "b", 2)
-            assert proxy.fired == 1
-            assert changed.metadata == {"a": 1, "b": 2}
-            assert await store.read_session(session) == changed
+    async with by_proxy(database_url, prefix) as (kind, proxy, store):
+        session = await new_session(store, metadata={"a": 1})
+        proxy.cut(COMMITS[kind], lose=lose)
+        changed = await store.set_metadata(session, "b", 2)
+        assert proxy.fired == 1
+        assert changed.metadata == {"a": 1, "b": 2}
+        assert await store.read_session(session) == changed
 
 
 @on_servers
 async def test_a_session_whose_deletion_is_cut_off_is_deleted(
     database_url: str, prefix: str
 ) -> None:
-    target = make_url(database_url)
-    port = target.port or SERVERS[target.get_backend_name()]
-    async with Proxy(target.host or "", port) as proxy:
-        through = target.set(host="127.0.0.1", port=proxy.port)
-        async with session_store(through, prefix) as store:
-            session = await new_session(store)
-            await say(store, session, "hello")
-            proxy.cut(COMMITS[target.get_backend_name()], lose="reply")
-            await store.delete_session(session)
-            assert proxy.fired == 1
-            assert await count(database_url, f"SELECT count(*) FROM {prefix}events") == 0
+    async with by_proxy(database_url, prefix) as (kind, proxy, store):
+        session = await new_session(store)
+        await say(store, session, "hello")
+        proxy.cut(COMMITS[kind], lose="reply")
+        await store.delete_session(session)
+        assert proxy.fired == 1
+        assert await count(database_url, f"SELECT count(*) FROM {prefix}events") == 0
 
 
 # --- what it costs -------------------------------------------------------------------------------

@@ -23,10 +23,7 @@ def check_durable(place: str | URL | AsyncEngine | None) -> None:
     if place is None or place == "":
         raise ConfigurationError(f"There is no database URL: {_EXAMPLES}.")
     url = place.url if isinstance(place, AsyncEngine) else urls.resolve(place).url
-    database = url.database or ""
-    if url.get_backend_name() == "sqlite" and (
-        not database or ":memory:" in database or url.query.get("mode") == "memory"
-    ):
+    if url.get_backend_name() == "sqlite" and urls.is_in_memory(url):
         raise ConfigurationError(
             f"A database in memory is gone when the process ends: {_EXAMPLES}."
         )

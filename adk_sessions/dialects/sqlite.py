@@ -280,8 +280,7 @@ class _Connections:
 
     @property
     def in_memory(self) -> bool:
-        database = self._url.database or ""
-        return not database or ":memory:" in database or self._url.query.get("mode") == "memory"
+        return urls.is_in_memory(self._url)
 
     def open(self, *, write: bool) -> Connection:
         database = self._url.database or ""
